@@ -1,0 +1,103 @@
+"""Law 9: an option that the user set and that changes nothing in this configuration is an error.
+
+The rules are one table: a key, when it is without effect, and why. Only keys that the user set are judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from moesys.config.schema import Config
+from moesys.errors import IneffectiveOptionError
+
+
+class Rule(NamedTuple):
+    """When ``key`` has no effect, and the reason with the fix."""
+
+    key: str
+    is_idle: Callable[[Config], bool]
+    reason: str
+
+
+def _has_no_experts(config: Config) -> bool:
+    return not any(config.model.experts_per_layer)
+
+
+def _has_no_dense_layers(config: Config) -> bool:
+    return all(config.model.experts_per_layer)
+
+
+_NO_EXPERTS = "model.num_experts makes every layer dense; give some layers experts or drop the key"
+
+RULES: tuple[Rule, ...] = (
+    Rule("model.top_k", _has_no_experts, _NO_EXPERTS),
+    Rule("model.expert_intermediate_size", _has_no_experts, _NO_EXPERTS),
+    Rule("model.shared_expert_intermediate_size", _has_no_experts, _NO_EXPERTS),
+    Rule("model.normalize_top_k", _has_no_experts, _NO_EXPERTS),
+    Rule("training.balance_loss", _has_no_experts, _NO_EXPERTS),
+    Rule("training.router_z_loss", _has_no_experts, _NO_EXPERTS),
+    Rule("runtime.kernel", _has_no_experts, _NO_EXPERTS),
+    Rule(
+        "model.intermediate_size",
+        _has_no_dense_layers,
+        "every layer has experts, whose width is model.expert_intermediate_size",
+    ),
+    Rule(
+        "model.sliding_window",
+        lambda c: c.model.sliding_window is not None and c.model.sliding_window >= c.data.sequence_length,
+        "the window is not shorter than data.sequence_length; make it shorter or drop it",
+    ),
+    Rule(
+        "data.vocab_size",
+        lambda c: c.data.tokenizer is not None,
+        "data.tokenizer brings its own vocabulary; drop one of the two",
+    ),
+    Rule(
+        "data.format",
+        lambda c: c.data.source == "stdlib" or c.data.source.startswith("hf:"),
+        "data.source is not a file or folder, so there is no file format to choose",
+    ),
+    Rule(
+        "data.text_field",
+        lambda c: c.data.source == "stdlib" or c.data.format == "text",
+        "plain text has no fields; it applies to JSONL, Parquet and Hugging Face datasets",
+    ),
+    Rule(
+        "training.decay_fraction",
+        lambda c: c.training.schedule != "wsd",
+        "it belongs to training.schedule=wsd; cosine decays from the end of the warm-up",
+    ),
+    Rule(
+        "training.evaluate_tokens",
+        lambda c: c.training.evaluate_every is None,
+        "it bounds evaluations during the run, and training.evaluate_every is not set",
+    ),
+    Rule(
+        "training.evaluate_every",
+        lambda c: (c.training.evaluate_every or 0) > c.training.steps,
+        "it is larger than training.steps, so no evaluation would happen",
+    ),
+    Rule(
+        "training.checkpoint_every",
+        lambda c: (c.training.checkpoint_every or 0) > c.training.steps,
+        "it is larger than training.steps, so no checkpoint would be written early",
+    ),
+    Rule(
+        "runtime.threads",
+        lambda c: c.runtime.device != "cpu",
+        "it sets the threads of CPU arithmetic, and runtime.device is not cpu",
+    ),
+)
+
+
+def check_effects(config: Config) -> None:
+    """Raises `IneffectiveOptionError` naming every key that was set and has no effect."""
+    idle = [rule for rule in RULES if _was_set(config, rule.key) and rule.is_idle(config)]
+    if idle:
+        raise IneffectiveOptionError("\n".join(f"{rule.key} has no effect: {rule.reason}" for rule in idle))
+
+
+def _was_set(config: Config, key: str) -> bool:
+    section, leaf = key.split(".")
+    return section in config.model_fields_set and leaf in getattr(config, section).model_fields_set

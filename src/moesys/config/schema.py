@@ -1,0 +1,246 @@
+"""What a run can be told: five frozen sections, each field with its meaning, unit and limits.
+
+Defaults describe the simplest case; real sizes live in ``examples/``. Nothing here knows how a setting is
+carried out, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The shape of the decoder. The vocabulary comes from the tokenizer (``data.vocab_size``)."""
+
+    hidden_size: PositiveInt = 256
+    """Width of the residual stream."""
+    num_layers: PositiveInt = 4
+    """Number of blocks."""
+    num_heads: PositiveInt = 4
+    """Query heads per attention layer."""
+    num_kv_heads: PositiveInt | None = None
+    """Key/value heads (grouped-query attention); must divide num_heads. Default: num_heads."""
+    head_dim: PositiveInt | None = None
+    """Width of one head; even, for the rotary embedding. Default: hidden_size / num_heads."""
+    intermediate_size: PositiveInt = 1024
+    """Inner width of the SwiGLU in dense layers."""
+    num_experts: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] = 8
+    """Experts per layer; 0 makes a layer dense. A list is a pattern repeated over the layers:
+    ``[0, 16]`` is every other layer, ``[8, 8, 16, 16]`` a pyramid of four layers."""
+    top_k: PositiveInt = 2
+    """Experts that compute each token."""
+    expert_intermediate_size: PositiveInt = 512
+    """Inner width of one SwiGLU expert."""
+    shared_expert_intermediate_size: Annotated[int, Field(ge=0)] = 0
+    """Inner width of an expert that every token passes; 0 means none."""
+    normalize_top_k: bool = True
+    """Whether the weights of a token's chosen experts are scaled to sum to one."""
+    qk_norm: bool = True
+    """Whether queries and keys are RMS-normalised per head before the rotary embedding."""
+    attention_bias: bool = False
+    """Whether the query, key, value and output projections have biases."""
+    sliding_window: PositiveInt | None = None
+    """How many tokens back attention sees, the token itself included. Default: all."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    """Added to the mean square in every RMSNorm."""
+    tie_embeddings: bool = True
+    """Whether the output head is the embedding table."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights; projections back into the residual stream are scaled down
+    by sqrt(2 x num_layers)."""
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> ModelConfig:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            divisors = [n for n in range(1, 65) if self.hidden_size % n == 0]
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be divisible by num_heads ({self.num_heads}); "
+                f"try num_heads = {', '.join(map(str, divisors))}, or set head_dim"
+            )
+        if self.resolved_head_dim % 2:
+            raise ValueError(
+                f"head_dim ({self.resolved_head_dim}) must be even for the rotary embedding; "
+                "change num_heads or set head_dim"
+            )
+        if self.num_heads % self.resolved_num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be divisible by num_kv_heads "
+                f"({self.resolved_num_kv_heads}); try num_kv_heads = 1 or {self.num_heads}"
+            )
+        pattern = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        if not pattern or self.num_layers % len(pattern):
+            raise ValueError(
+                f"the num_experts pattern has {len(pattern)} entries, which do not divide num_layers "
+                f"({self.num_layers}); give one number, or a list whose length divides num_layers"
+            )
+        smallest = min((n for n in pattern if n), default=None)
+        if smallest is not None and self.top_k > smallest:
+            raise ValueError(
+                f"top_k ({self.top_k}) must not exceed num_experts ({smallest}); "
+                f"set model.top_k to at most {smallest} or model.num_experts to at least {self.top_k}"
+            )
+        return self
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        """The number of experts of each layer, 0 for a dense one."""
+        pattern = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        return tuple(pattern) * (self.num_layers // len(pattern))
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+    @property
+    def resolved_num_kv_heads(self) -> int:
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+
+class DataConfig(Section):
+    """Where text comes from and how it becomes sequences of tokens."""
+
+    source: str = "stdlib"
+    """``stdlib`` (source and documentation text of the running Python's standard library, no download), a
+    file, a folder, or ``hf:NAME`` for a Hugging Face dataset (extra ``data``)."""
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """How files are read; ``auto`` goes by the file name's ending."""
+    text_field: str = "text"
+    """The field that holds the text, for JSONL, Parquet and Hugging Face datasets."""
+    tokenizer: str | None = None
+    """A ``tokenizer.json`` or a folder that holds one. Default: a byte-level BPE is trained on the corpus."""
+    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    """Vocabulary of the tokenizer that is trained on the corpus: 256 bytes, one end-of-text token, merges."""
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens per training sequence."""
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents kept away from training, chosen by content hash."""
+    attend_across_documents: bool = False
+    """Whether tokens may attend to earlier documents packed into the same sequence."""
+    seed: int = 0
+    """Seed of the shuffle."""
+
+
+class TrainingConfig(Section):
+    """The loop: how long, how fast, how often."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    batch_sequences: PositiveInt = 8
+    """Sequences per optimizer step, over all micro-batches."""
+    micro_batch_sequences: PositiveInt | None = None
+    """Sequences per forward pass; must divide batch_sequences. Default: batch_sequences."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    final_learning_rate_ratio: Fraction = 0.1
+    """Learning rate at the last step as a share of the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """``cosine``: warm-up, then half a cosine. ``wsd``: warm-up, stable, then a linear decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps of linear warm-up."""
+    decay_fraction: Fraction = 0.2
+    """Share of the steps that the decay of ``wsd`` takes."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay; applies to matrices by role, never to norms, biases or embeddings."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term in the denominator."""
+    gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; None never clips."""
+    balance_loss: Annotated[float, Field(ge=0)] = 0.01
+    """Coefficient of the expert load-balance loss, averaged over MoE layers."""
+    router_z_loss: Annotated[float, Field(ge=0)] = 0.001
+    """Coefficient of the router z-loss, averaged over MoE layers."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; bf16 keeps fp32 master weights. ``auto`` measures which
+    GEMM is faster on this machine and prints its choice."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    log_every: PositiveInt = 10
+    """Steps between lines of the metrics file."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations. Default: only after the last step."""
+    evaluate_tokens: PositiveInt = 65536
+    """Held-out tokens per evaluation during the run."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints. Default: only at the end and on interruption."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept; older ones are deleted after a new one was verified."""
+    max_skipped_steps: PositiveInt = 5
+    """Steps in a row with NaN or Inf in loss or gradients after which the run stops."""
+
+    @model_validator(mode="after")
+    def _check_training(self) -> TrainingConfig:
+        if self.dtype == "fp16":
+            raise ValueError(
+                "dtype fp16 is refused: its range overflows in router logits and gradients without loss scaling; "
+                "use bf16 (fp32 master weights are kept) or fp32"
+            )
+        if self.batch_sequences % self.resolved_micro_batch:
+            divisors = [n for n in range(1, self.batch_sequences + 1) if self.batch_sequences % n == 0]
+            raise ValueError(
+                f"batch_sequences ({self.batch_sequences}) must be divisible by micro_batch_sequences "
+                f"({self.micro_batch_sequences}); try {', '.join(map(str, divisors))}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps}); "
+                f"try warmup_steps = {self.steps // 10}"
+            )
+        return self
+
+    @property
+    def resolved_micro_batch(self) -> int:
+        return self.micro_batch_sequences or self.batch_sequences
+
+
+class MemoryConfig(Section):
+    """What is kept, recomputed or cut into pieces to save memory."""
+
+    activation_checkpointing: bool = False
+    """Whether each block is recomputed in the backward pass; routing is replayed, not decided again."""
+    loss_chunk_tokens: PositiveInt = 1024
+    """Tokens whose logits exist at one time while the loss is computed."""
+
+
+class RuntimeConfig(Section):
+    """The machine: device, threads, kernels, trackers."""
+
+    device: str = "cpu"
+    """``cpu``, ``cuda`` or ``cuda:N``."""
+    threads: PositiveInt | None = None
+    """Threads for CPU arithmetic. Default: torch's own choice."""
+    kernel: Literal["auto", "reference", "torch"] = "auto"
+    """Implementation of the expert kernels; a name that cannot run here is an error."""
+    tensorboard: bool = False
+    """Whether metrics are also written for TensorBoard (extra ``train``)."""
+
+
+class Config(Section):
+    """Everything a run can be told."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """The shape of the decoder."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Where text comes from."""
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """The loop."""
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    """What is kept and what is recomputed."""
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    """The machine."""

@@ -1,0 +1,19 @@
+"""The one place where environment variables are read. Each has a config key or flag that does the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def read_cache_dir() -> Path:
+    """Folder for tokenizers and packed corpora: ``MOESYS_CACHE``, else ``$XDG_CACHE_HOME/moesys``."""
+    if explicit := os.environ.get("MOESYS_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "moesys"
+
+
+def read_debug() -> bool:
+    """Whether errors print a traceback: ``MOESYS_DEBUG=1``, the twin of ``--debug``."""
+    return os.environ.get("MOESYS_DEBUG", "") not in ("", "0")

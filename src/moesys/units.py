@@ -1,0 +1,30 @@
+"""Sizes and rates as people write and read them. Knows nothing of what is being measured."""
+
+from __future__ import annotations
+
+_BINARY_STEPS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Returns a size in binary units, for example ``1.5 GiB``."""
+    value = float(num_bytes)
+    for unit in _BINARY_STEPS[:-1]:
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} {_BINARY_STEPS[-1]}"
+
+
+def format_count(count: float) -> str:
+    """Returns a count with a decimal suffix, for example ``15.8M``."""
+    for bound, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(count) >= bound:
+            return f"{count / bound:.1f}{suffix}"
+    return f"{count:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a duration as ``1:02:03`` or ``2:03``."""
+    total = max(0, round(seconds))
+    hours, minutes, rest = total // 3600, total // 60 % 60, total % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
