@@ -93,9 +93,14 @@ RULES: tuple[Rule, ...] = (
 
 def check_effects(config: Config) -> None:
     """Raises `IneffectiveOptionError` naming every key that was set and has no effect."""
-    idle = [rule for rule in RULES if _was_set(config, rule.key) and rule.is_idle(config)]
+    idle = [rule for rule in find_idle_rules(config) if _was_set(config, rule.key)]
     if idle:
         raise IneffectiveOptionError("\n".join(f"{rule.key} has no effect: {rule.reason}" for rule in idle))
+
+
+def find_idle_rules(config: Config) -> list[Rule]:
+    """Returns the rules whose key has no effect in this configuration, set by the user or not."""
+    return [rule for rule in RULES if rule.is_idle(config)]
 
 
 def _was_set(config: Config, key: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from moesys.config.effects import check_effects
+from moesys.config.effects import check_effects, find_idle_rules
 from moesys.config.schema import Config
 from moesys.errors import ConfigError, UnknownKeyError
 
@@ -51,8 +51,15 @@ def parse_overrides(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def dump_toml(config: Config) -> str:
-    """Returns the config with every key resolved, as TOML; keys whose value is None are left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    """Returns the resolved config as TOML that `load_config` reads back to an equal one.
+
+    Keys that are None or have no effect in this configuration are left out.
+    """
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for rule in find_idle_rules(config):
+        section, leaf = rule.key.split(".")
+        tree[section].pop(leaf, None)
+    return tomli_w.dumps(tree)
 
 
 def list_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -113,7 +120,7 @@ def _unknown_message(key: str, known: set[str]) -> str:
 def _describe(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and not part.startswith(("list[", "constrained", "function")))
+        where = ".".join(str(part) for part in problem["loc"][:2])
         text = problem["msg"].removeprefix("Value error, ")
         got = f" (got {problem['input']!r})" if problem["type"] != "value_error" else ""
         lines.append(f"{where}: {text}{got}")
