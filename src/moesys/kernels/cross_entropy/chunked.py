@@ -1,0 +1,67 @@
+"""The output head and loss over chunks of tokens, gradients computed while a chunk's logits are at hand.
+
+The loss is a sum, so its gradient with respect to the logits is known up to one scalar before the backward pass
+begins: softmax minus one-hot. Each chunk's logits are turned into that gradient in place and multiplied into the
+gradients of hidden states and weight at once; the backward pass only scales them. The idea is that of the fused
+linear cross entropy of Liger Kernel (arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_IGNORED = -100
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int) -> Tensor:
+    """See `moesys.kernels.cross_entropy.api.linear_cross_entropy`."""
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, target_ids_T, chunk_tokens)  # pyrefly: ignore
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_backward = needs_hidden or needs_weight
+        loss_dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        loss = torch.zeros((), dtype=loss_dtype, device=hidden_TD.device)
+        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_backward else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=loss_dtype) if needs_backward else None
+        for start in range(0, hidden_TD.shape[0], chunk_tokens):
+            hidden_CD = hidden_TD[start : start + chunk_tokens]
+            targets_C = target_ids_T[start : start + chunk_tokens]
+            is_target_C = targets_C != _IGNORED
+            index_C1 = targets_C.clamp(min=0).unsqueeze(1)
+            log_probs_CV = torch.log_softmax((hidden_CD @ weight_VD.t()).to(loss_dtype), dim=1)
+            loss -= (log_probs_CV.gather(1, index_C1).squeeze(1) * is_target_C).sum()
+            if grad_hidden_TD is None or grad_weight_VD is None:
+                continue
+            grad_logits_CV = log_probs_CV.exp_()
+            grad_logits_CV.scatter_add_(1, index_C1, grad_logits_CV.new_full((1, 1), -1).expand_as(index_C1))
+            if not bool(is_target_C.all()):
+                grad_logits_CV.mul_(is_target_C.unsqueeze(1))
+            grad_logits_CV = grad_logits_CV.to(hidden_TD.dtype)
+            torch.mm(grad_logits_CV, weight_VD, out=grad_hidden_TD[start : start + chunk_tokens])
+            if hidden_TD.dtype == loss_dtype:
+                grad_weight_VD.addmm_(grad_logits_CV.t(), hidden_CD)
+            else:
+                grad_weight_VD += grad_logits_CV.t() @ hidden_CD
+        if needs_backward:
+            ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+            ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        return (
+            grad_hidden_TD * grad_loss.to(grad_hidden_TD.dtype),
+            (grad_weight_VD * grad_loss).to(ctx.weight_dtype),
+            None,
+            None,
+        )

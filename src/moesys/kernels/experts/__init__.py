@@ -1,0 +1,6 @@
+"""The expert operator: rows of tokens through the SwiGLU experts of a bank view."""
+
+from moesys.kernels.experts.api import Kernel, compute_experts, compute_experts_summed
+from moesys.kernels.experts.records import BankView, Rows, TokenSum
+
+__all__ = ["BankView", "Kernel", "Rows", "TokenSum", "compute_experts", "compute_experts_summed"]

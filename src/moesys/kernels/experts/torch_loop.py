@@ -1,0 +1,142 @@
+"""The expert operator as a loop of matrix products over the experts that have rows, with its own backward.
+
+What the loop buys over autograd through the same products: the weight gradients are written in place into one
+buffer (indexing a stacked bank under autograd zero-fills a bank per expert), only the gate-up products are kept
+for the backward pass, and the pieces of one expert stay in the cache of the core while it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moesys.kernels.experts.records import BankView, Rows, TokenSum
+
+
+def compute_experts(rows: Rows, view: BankView, weights_A: Tensor) -> Tensor:
+    """See `moesys.kernels.experts.api.compute_experts`."""
+    return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, weights_A, rows, view, None)  # pyrefly: ignore
+
+
+def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
+    """See `moesys.kernels.experts.api.compute_experts_summed`."""
+    return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, weights_A, rows, view, token_sum)  # pyrefly: ignore
+
+
+class _Group(NamedTuple):
+    """The assignments [start, end) of the expert whose weights lie in ``slot``."""
+
+    slot: int
+    start: int
+    end: int
+
+
+def _iterate_groups(rows: Rows, view: BankView) -> Iterator[_Group]:
+    offsets = rows.offsets.tolist()
+    for slot, start, end in zip(view.compute_slots(), offsets, offsets[1:], strict=False):
+        if slot >= 0 and end > start:
+            yield _Group(slot, start, end)
+
+
+class _Experts(torch.autograd.Function):
+    """Rows through their experts; with a `TokenSum` also the sum per token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        gate_up_SFD: Tensor,
+        down_SDF: Tensor,
+        weights_A: Tensor,
+        rows: Rows,
+        view: BankView,
+        token_sum: TokenSum | None,
+    ) -> Tensor:
+        groups = list(_iterate_groups(rows, view))
+        needs_backward = any(ctx.needs_input_grad)
+        hidden_AF = x_RD.new_empty(rows.num_assignments if needs_backward else 0, gate_up_SFD.shape[1])
+        # Rows that no group computes must read as zero; otherwise every row is overwritten.
+        is_complete = view.covers_all
+        y_AD = (x_RD.new_empty if is_complete else x_RD.new_zeros)(rows.num_assignments, x_RD.shape[1])
+        weights_A1 = weights_A.to(x_RD.dtype).unsqueeze(1)
+        for slot, start, end in groups:
+            x_ND = x_RD.index_select(0, rows.row_ids[start:end])
+            hidden_NF = hidden_AF[start:end] if needs_backward else x_RD.new_empty(end - start, gate_up_SFD.shape[1])
+            torch.mm(x_ND, gate_up_SFD[slot].t(), out=hidden_NF)
+            gate_NF, up_NF = hidden_NF.chunk(2, dim=1)
+            activation_NF = torch.nn.functional.silu(gate_NF).mul_(up_NF).mul_(weights_A1[start:end])
+            torch.mm(activation_NF, down_SDF[slot].t(), out=y_AD[start:end])
+        if needs_backward:
+            ctx.save_for_backward(x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF)
+            ctx.groups, ctx.rows, ctx.token_sum = groups, rows, token_sum
+        return y_AD if token_sum is None else _sum_rows(y_AD, token_sum)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF = ctx.saved_tensors
+        rows: Rows = ctx.rows
+        token_sum: TokenSum | None = ctx.token_sum
+        grad = grad.contiguous()
+        result_ids = None if token_sum is None else token_sum.compute_result_ids()
+        weights_A1 = weights_A.to(x_RD.dtype).unsqueeze(1)
+        grad_gate_up, grad_down = _BankGradient(gate_up_SFD, ctx.groups), _BankGradient(down_SDF, ctx.groups)
+        grad_x_AD = x_RD.new_zeros(rows.num_assignments, x_RD.shape[1])
+        grad_weights = torch.zeros_like(weights_A)
+        for slot, start, end in ctx.groups:
+            grad_y_ND = grad[start:end] if result_ids is None else grad.index_select(0, result_ids[start:end])
+            gate_NF, up_NF = hidden_AF[start:end].chunk(2, dim=1)
+            silu_NF = torch.nn.functional.silu(gate_NF)
+            activation_NF = silu_NF * up_NF
+            grad_act_NF = grad_y_ND @ down_SDF[slot]
+            grad_weights[start:end] = (grad_act_NF * activation_NF).sum(dim=1, dtype=weights_A.dtype)
+            activation_NF.mul_(weights_A1[start:end])
+            grad_down.add_product(slot, grad_y_ND.t(), activation_NF)
+            grad_act_NF.mul_(weights_A1[start:end])
+            grad_hidden_NF = torch.empty_like(hidden_AF[start:end])
+            grad_gate_NF, grad_up_NF = grad_hidden_NF.chunk(2, dim=1)
+            torch.mul(grad_act_NF, silu_NF, out=grad_up_NF)
+            torch.ops.aten.silu_backward.grad_input(grad_act_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
+            grad_gate_up.add_product(slot, grad_hidden_NF.t(), x_RD.index_select(0, rows.row_ids[start:end]))
+            torch.mm(grad_hidden_NF, gate_up_SFD[slot], out=grad_x_AD[start:end])
+        grad_x_RD = _sum_rows(grad_x_AD, _invert(rows))
+        return grad_x_RD, grad_gate_up.tensor, grad_down.tensor, grad_weights, None, None, None
+
+
+class _BankGradient:
+    """The gradient of a stacked bank: slots are written by their first product and added to by later ones."""
+
+    def __init__(self, bank: Tensor, groups: list[_Group]) -> None:
+        self.tensor = torch.empty_like(bank)
+        self._written: set[int] = set()
+        used = {group.slot for group in groups}
+        for slot in range(bank.shape[0]):
+            if slot not in used:
+                self.tensor[slot].zero_()
+
+    def add_product(self, slot: int, left: Tensor, right: Tensor) -> None:
+        if slot in self._written:
+            self.tensor[slot].addmm_(left, right)
+        else:
+            torch.mm(left, right, out=self.tensor[slot])
+            self._written.add(slot)
+
+
+def _invert(rows: Rows) -> TokenSum:
+    """Returns which assignments each row of ``x_RD`` feeds, in the order of the experts."""
+    counts = torch.bincount(rows.row_ids, minlength=rows.x_RD.shape[0])
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return TokenSum(positions=rows.row_ids.argsort(stable=True), offsets=offsets)
+
+
+def _sum_rows(y_AD: Tensor, token_sum: TokenSum) -> Tensor:
+    """Sums rows per result in the order given, without materialising the gathered rows. Returns (results, hidden)."""
+    if token_sum.positions.shape[0] == 0:
+        return y_AD.new_zeros(token_sum.num_results, y_AD.shape[1])
+    return torch.nn.functional.embedding_bag(
+        token_sum.positions, y_AD, token_sum.offsets, mode="sum", include_last_offset=True
+    )

@@ -1,0 +1,128 @@
+"""The decoder: embedding, blocks of attention and feed-forward, final norm, output head.
+
+Plain single-device PyTorch. What tokens see (`Attend`) and how experts are reached (`Execution`) are arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moesys.kernels import Kernel
+from moesys.models.attend import Attend
+from moesys.models.attention import Attention
+from moesys.models.config import DecoderConfig, DenseConfig
+from moesys.models.norm import RMSNorm
+from moesys.models.rotary import Rotation, compute_rotation
+from moesys.moe import Execution, LocalDispatcher, MoELayer, ResidentSource, Routing, RoutingTape, SwiGLU
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a forward pass returns.
+
+    hidden_BSD:  (batch, sequence, hidden) after the final norm; `Decoder.compute_logits` turns it into logits.
+    routings:    the Routing of each MoE layer by layer id.
+    """
+
+    hidden_BSD: Tensor
+    routings: dict[int, Routing]
+
+
+class Block(nn.Module):
+    """Attention and a dense or MoE feed-forward layer, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, layer_id: int) -> None:
+        super().__init__()
+        feed_forward = config.feed_forwards[layer_id]
+        self.input_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(config.hidden_size, config.attention, config.norm_epsilon, layer_id)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.feed_forward: MoELayer | SwiGLU = (
+            SwiGLU(config.hidden_size, feed_forward.intermediate_size)
+            if isinstance(feed_forward, DenseConfig)
+            else MoELayer(config.hidden_size, feed_forward, layer_id=layer_id)
+        )
+
+    def forward(
+        self, x_BSD: Tensor, rotation: Rotation, attend: Attend, execution: Execution
+    ) -> tuple[Tensor, Routing | None]:
+        """Returns the residual stream and, for a MoE layer, its Routing."""
+        x_BSD = x_BSD + self.attention(self.input_norm(x_BSD), rotation, attend)
+        normed_BSD = self.post_attention_norm(x_BSD)
+        if isinstance(self.feed_forward, MoELayer):
+            y_BSD, routing = self.feed_forward(normed_BSD, execution)
+            return x_BSD + y_BSD, routing
+        return x_BSD + self.feed_forward(normed_BSD), None
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer for every family that moesys knows."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer_id) for layer_id in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, token_ids_BS: Tensor, positions_BS: Tensor, attend: Attend, execution: Execution | None = None
+    ) -> DecoderOutput:
+        """Runs (batch, sequence) int64 tokens at their positions; without an `Execution` everything is resident."""
+        if execution is None:
+            execution = self.make_resident_execution()
+        rotation = compute_rotation(positions_BS, self.config.attention.head_dim, self.config.attention.rope_theta)
+        x_BSD = self.embedding(token_ids_BS)
+        routings: dict[int, Routing] = {}
+        run_block = _run_recomputed if execution.recompute else _run
+        for layer_id, block in enumerate(self.blocks):
+            x_BSD, routing = run_block(block, x_BSD, rotation, attend, execution)
+            if routing is not None:
+                routings[layer_id] = routing
+        return DecoderOutput(self.final_norm(x_BSD), routings)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """(vocabulary, hidden): the output head, which is the embedding table where the two are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Returns (..., vocabulary) logits of (..., hidden) states, in their dtype."""
+        return nn.functional.linear(hidden, self.head_weight_VD)
+
+    def make_resident_execution(self, kernel: Kernel = Kernel.AUTO, *, recompute: bool = False) -> Execution:
+        """Returns the execution in which every token and every expert stays where it is."""
+        banks = {i: block.feed_forward.experts for i, block in enumerate(self.blocks)
+                 if isinstance(block.feed_forward, MoELayer)}  # fmt: skip
+        return Execution(LocalDispatcher(), ResidentSource(banks), kernel, recompute=recompute)
+
+    def count_parameters(self) -> int:
+        """Returns the number of weights, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _run(
+    block: nn.Module, x_BSD: Tensor, rotation: Rotation, attend: Attend, execution: Execution
+) -> tuple[Tensor, Routing | None]:
+    return block(x_BSD, rotation, attend, execution)
+
+
+def _run_recomputed(
+    block: nn.Module, x_BSD: Tensor, rotation: Rotation, attend: Attend, execution: Execution
+) -> tuple[Tensor, Routing | None]:
+    """Keeps only the block's input; the backward pass computes it again with the same choice of experts."""
+    tape = RoutingTape()
+    return checkpoint(
+        block,
+        x_BSD,
+        rotation,
+        attend,
+        replace(execution, tape=tape),
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=tape.make_contexts,
+    )

@@ -1,0 +1,88 @@
+"""How evenly experts are used: counts and router statistics, gathered from the same Routing that computed.
+
+Counted once per token, because it reads the routings that a forward pass returns: recomputation returns none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesys.moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """What the routers did over some steps. Lists have one entry per MoE layer, in the order of ``layer_ids``."""
+
+    layer_ids: list[int]
+    expert_tokens: list[list[int]]
+    """Assignments given to each expert."""
+    imbalance: float
+    """Largest over mean load of an expert, averaged over layers; 1 is even."""
+    entropy: float
+    """Entropy of the router's distribution over ln E, averaged over tokens and layers; 1 is undecided."""
+    confidence: float
+    """Probability of the first choice, averaged over tokens and layers."""
+    dropped: int
+    """Assignments that were not computed."""
+
+
+class LoadMeter:
+    """Adds up routings until they are read; works on the device and looks at nothing before `drain`."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._counts: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._num_tokens: dict[int, int] = {}
+        self._dropped = 0
+
+    @torch.no_grad()
+    def add(self, routings: Mapping[int, Routing]) -> None:
+        """Adds the routings of one forward pass, by layer."""
+        for layer_id, routing in routings.items():
+            counts, sums = routing.compute_expert_counts(), _sum_statistics(routing)
+            if layer_id in self._counts:
+                self._counts[layer_id] += counts
+                self._sums[layer_id] += sums
+                self._num_tokens[layer_id] += routing.num_tokens
+            else:
+                self._counts[layer_id], self._sums[layer_id] = counts, sums
+                self._num_tokens[layer_id] = routing.num_tokens
+            self._dropped += routing.count_dropped()
+
+    def drain(self) -> ExpertLoad:
+        """Returns what was added since the last call and starts anew."""
+        layer_ids = sorted(self._counts)
+        counts = [self._counts[i].tolist() for i in layer_ids]
+        means = [(self._sums[i] / max(1, self._num_tokens[i])).tolist() for i in layer_ids]
+        load = ExpertLoad(
+            layer_ids=layer_ids,
+            expert_tokens=counts,
+            imbalance=_mean([max(c) * len(c) / max(1, sum(c)) for c in counts]),
+            entropy=_mean([entropy for entropy, _ in means]),
+            confidence=_mean([confidence for _, confidence in means]),
+            dropped=self._dropped,
+        )
+        self._reset()
+        return load
+
+
+def _sum_statistics(routing: Routing) -> Tensor:
+    """Returns (2,) float32: over tokens, the sums of entropy / ln E and of the largest probability."""
+    if routing.scores_TE is None:
+        return torch.zeros(2, device=routing.expert_ids.device)
+    scores_TE = routing.scores_TE
+    entropy = -torch.special.xlogy(scores_TE, scores_TE).sum() / math.log(max(2, routing.num_experts))
+    return torch.stack([entropy, scores_TE.amax(dim=-1).sum()]).float()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
