@@ -47,6 +47,8 @@ class DecoderConfig:
     feed_forwards: tuple[MoEConfig | DenseConfig, ...]
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
+    max_positions: int = 2048
+    """Tokens of context that the model was made for; nothing is allocated by it."""
 
     @property
     def num_layers(self) -> int:

@@ -1,0 +1,213 @@
+"""Model folders in Hugging Face layout, read and written one tensor at a time.
+
+Reading fills the model's own parameters through the views that a `Family` lists; writing streams the same views
+into safetensors shards. Peak memory is the model plus one tensor. No code from a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moesys.checkpoint.files import DEFAULT, FileSystem, WrittenFile
+from moesys.checkpoint.safetensors_file import write_safetensors
+from moesys.errors import ModelFormatError
+from moesys.models import FAMILIES, Decoder, Family, choose_family
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_MAX_SHARD_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class ExportedWeights:
+    """What was written: the layout's name and each file's size and digest."""
+
+    family: Family
+    files: dict[str, WrittenFile]
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Decoder:
+    """Loads a checkpoint folder into our decoder.
+
+    dtype: of the weights; None keeps the checkpoint's. Routers are float32 always. ``on_progress`` gets
+    (tensors read, tensors). Raises `ModelFormatError` for a folder, family or tensor that does not fit.
+    """
+    keys = read_config_file(folder)
+    family = find_family(keys)
+    try:
+        config = family.read_config(keys)
+    except KeyError as error:
+        raise ModelFormatError(f"{folder / 'config.json'} lacks the key {error} that a {family.model_type} needs") from None
+    with torch.device("meta"):
+        model = Decoder(config)
+    _materialise(model, dtype or _read_dtype(keys))
+    with ExitStack() as stack:
+        tensors = _open_tensors(folder, stack)
+        views = list(family.iterate_tensors(model))
+        _check_names(folder, tensors, {name for name, _ in views}, is_tied=config.tie_embeddings)
+        for done, (name, view) in enumerate(views):
+            _copy_tensor(name, tensors[name], view)
+            on_progress(done + 1, len(views))
+    return model.eval().requires_grad_(False)
+
+
+def save_model(
+    model: Decoder,
+    folder: Path,
+    dtype: torch.dtype,
+    extra_config: Mapping[str, Any],
+    files: FileSystem = DEFAULT,
+) -> ExportedWeights:
+    """Writes ``config.json`` and the weights of a model as ``dtype`` into an existing folder.
+
+    extra_config: further keys of ``config.json``, such as token ids. Raises `ModelFormatError` when no layout
+    holds the model.
+    """
+    family = choose_family(model.config)
+    shards = _plan_shards(list(family.iterate_tensors(model)), dtype)
+    names = [SINGLE_NAME] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]  # fmt: skip
+    written = {}
+    for name, shard in zip(names, shards, strict=True):
+        written[name] = write_safetensors(folder / name, shard, dtype=dtype, metadata={"format": "pt"}, files=files)
+    if len(shards) > 1:
+        written[INDEX_NAME] = _write_index(folder, names, shards, dtype, files)
+    keys = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        **family.write_config(model.config),
+        **extra_config,
+    }
+    written["config.json"] = _write_json(folder / "config.json", keys, files)
+    return ExportedWeights(family, written)
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """Returns the keys of a folder's ``config.json``; raises `ModelFormatError` with what is missing."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ModelFormatError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
+    if (folder / "config.toml").exists() and not path.exists():
+        raise ModelFormatError(f"{folder} is a training run; export it first: moesys export {folder} --to DIR")
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFormatError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelFormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise ModelFormatError(f"{path} must hold a JSON object")
+    return keys
+
+
+def find_family(keys: Mapping[str, Any]) -> Family:
+    """Returns the family of a ``config.json``; raises `ModelFormatError` listing those that are supported."""
+    model_type = str(keys.get("model_type", ""))
+    supported = [family.model_type for family in FAMILIES]
+    if model_type in supported:
+        return FAMILIES[supported.index(model_type)]
+    nearest = difflib.get_close_matches(model_type, supported, n=1)
+    hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+    raise ModelFormatError(f"model_type {model_type!r} is not supported (supported: {', '.join(supported)}){hint}")
+
+
+def _read_dtype(keys: Mapping[str, Any]) -> torch.dtype:
+    name = keys.get("dtype") or keys.get("torch_dtype") or "float32"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
+    if name not in dtypes:
+        raise ModelFormatError(f"dtype {name!r} in config.json is not supported (supported: {', '.join(dtypes)})")
+    return dtypes[name]
+
+
+def _materialise(model: Decoder, dtype: torch.dtype) -> None:
+    """Allocates every parameter once, in its final dtype."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kept = torch.float32 if name == "weight_ED" else dtype
+            setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False))
+
+
+def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Returns the open safetensors file that holds each tensor."""
+    index = folder / INDEX_NAME
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = [SINGLE_NAME]
+    tensors: dict[str, Any] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file() or path.parent != folder:
+            raise ModelFormatError(
+                f"{path} is missing; the weights must be safetensors ({SINGLE_NAME}, or shards with {INDEX_NAME})"
+            )
+        try:
+            handle = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise ModelFormatError(f"{path} is not a whole safetensors file: {error}") from None
+        tensors.update(dict.fromkeys(handle.keys(), handle))
+    return tensors
+
+
+def _check_names(folder: Path, tensors: Mapping[str, Any], expected: set[str], *, is_tied: bool) -> None:
+    missing = sorted(expected - tensors.keys())
+    surplus = sorted(tensors.keys() - expected - ({"lm_head.weight"} if is_tied else set()))
+    if missing or surplus:
+        raise ModelFormatError(
+            f"the tensors in {folder} do not fit its config.json: "
+            f"{len(missing)} missing {missing[:3]}, {len(surplus)} not expected {surplus[:3]}"
+        )
+
+
+def _copy_tensor(name: str, handle: Any, view: Tensor) -> None:
+    source: Tensor = handle.get_tensor(name)
+    if source.shape != view.shape:
+        raise ModelFormatError(f"{name} has shape {tuple(source.shape)}, config.json asks for {tuple(view.shape)}")
+    view.copy_(source)
+
+
+def _plan_shards(tensors: list[tuple[str, Tensor]], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    shard_bytes = 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * dtype.itemsize
+        if shards[-1] and shard_bytes + num_bytes > _MAX_SHARD_BYTES:
+            shards.append({})
+            shard_bytes = 0
+        shards[-1][name] = tensor.detach()
+        shard_bytes += num_bytes
+    return shards
+
+
+def _write_index(
+    folder: Path, names: list[str], shards: list[dict[str, Tensor]], dtype: torch.dtype, files: FileSystem
+) -> WrittenFile:
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.numel() * dtype.itemsize for shard in shards for tensor in shard.values())
+    return _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}, files)
+
+
+def _write_json(path: Path, value: Mapping[str, Any], files: FileSystem) -> WrittenFile:
+    contents = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return files.write_new_file(path, [contents], len(contents))
+
+
+def iterate_weight_files(folder: Path) -> Iterator[Path]:
+    """Yields the safetensors files of a model folder."""
+    yield from sorted(folder.glob("*.safetensors"))

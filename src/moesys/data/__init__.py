@@ -1,0 +1,26 @@
+"""From text to batches: corpora, the tokenizer, packed token files, resumable loaders, held-out windows."""
+
+from moesys.data.batch import IGNORED_TARGET, Batch
+from moesys.data.corpus import Document, load_documents, split_heldout
+from moesys.data.heldout import HeldoutSet, heldout_windows
+from moesys.data.loader import SequenceLoader
+from moesys.data.packing import PackedTokens, pack_documents
+from moesys.data.prepare import PreparedData, prepare_data
+from moesys.data.tokenizer import Tokenizer, train_tokenizer
+
+__all__ = [
+    "IGNORED_TARGET",
+    "Batch",
+    "Document",
+    "HeldoutSet",
+    "PackedTokens",
+    "PreparedData",
+    "SequenceLoader",
+    "Tokenizer",
+    "heldout_windows",
+    "load_documents",
+    "pack_documents",
+    "prepare_data",
+    "split_heldout",
+    "train_tokenizer",
+]

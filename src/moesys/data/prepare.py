@@ -1,0 +1,79 @@
+"""From configuration to packed tokens in one call: load, split, tokenizer, pack; cached by content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesys.config import DataConfig
+from moesys.data.cache import hash_parts, open_or_build
+from moesys.data.corpus import load_documents, split_heldout
+from moesys.data.loader import count_sequences
+from moesys.data.packing import PACKING_VERSION, PackedTokens, pack_documents
+from moesys.data.sources import Document
+from moesys.data.tokenizer import Tokenizer, train_tokenizer
+from moesys.units import format_bytes, format_count
+
+# Part of the cache key; raise it when training gives other tokens for the same text.
+_TOKENIZER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A corpus that is ready to train on and to be evaluated on."""
+
+    tokenizer: Tokenizer
+    train: PackedTokens
+    heldout: PackedTokens
+    description: str
+    """One line for people."""
+    fingerprint: str
+    """SHA-256 over the texts of both sides, the tokenizer and the packing version. Saved with a run: an equal
+    one means equal tokens in equal order."""
+
+
+def prepare_data(config: DataConfig, cache_dir: Path) -> PreparedData:
+    """Loads, splits, tokenises and packs a corpus; unchanged content is read from `cache_dir`.
+
+    The tokenizer is trained on the training documents only.
+
+    Raises:
+        DataError: the source or the tokenizer cannot be used, or the corpus is too small.
+        MissingExtraError: the source needs a package of the extra ``data``.
+    """
+    documents = load_documents(config.source, config.format, config.text_field)
+    train_documents, heldout_documents = split_heldout(documents, config.heldout_fraction)
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.load(Path(config.tokenizer).expanduser())
+    else:
+        tokenizer = _train_cached(train_documents, config.vocab_size, cache_dir / "tokenizers")
+    train = pack_documents(train_documents, tokenizer, cache_dir / "packed")
+    count_sequences(train, config.sequence_length)
+    heldout = pack_documents(heldout_documents, tokenizer, cache_dir / "packed")
+    num_bytes, num_tokens = train.num_bytes + heldout.num_bytes, train.num_tokens + heldout.num_tokens
+    return PreparedData(
+        tokenizer=tokenizer,
+        train=train,
+        heldout=heldout,
+        description=(
+            f"{config.source}: {len(documents)} documents, {format_bytes(num_bytes)}, "
+            f"{format_count(num_tokens)} tokens ({num_bytes / num_tokens:.2f} bytes per token), "
+            f"{len(heldout_documents)} documents held out"
+        ),
+        fingerprint=hash_parts(
+            PACKING_VERSION,
+            tokenizer.fingerprint,
+            *(document.content_hash for document in train_documents),
+            "held out",
+            *(document.content_hash for document in heldout_documents),
+        ),
+    )
+
+
+def _train_cached(documents: list[Document], vocab_size: int, cache_dir: Path) -> Tokenizer:
+    content_hashes = (document.content_hash for document in documents)
+    return open_or_build(
+        cache_dir / hash_parts(_TOKENIZER_VERSION, vocab_size, *content_hashes),
+        Tokenizer.load,
+        lambda folder: train_tokenizer((d.text for d in documents), vocab_size).save(folder),
+    )

@@ -1,0 +1,18 @@
+"""The one engine: steps over sequences with a KV cache, sampling, and text around it."""
+
+from moesys.inference.chat import ChatFormat
+from moesys.inference.engine import Engine, SequenceStep
+from moesys.inference.generate import Generation, GenerationStats, generate
+from moesys.inference.sampling import SamplingParams
+from moesys.inference.text import TextStream
+
+__all__ = [
+    "ChatFormat",
+    "Engine",
+    "Generation",
+    "GenerationStats",
+    "SamplingParams",
+    "SequenceStep",
+    "TextStream",
+    "generate",
+]

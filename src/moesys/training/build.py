@@ -1,0 +1,77 @@
+"""From a validated config to the records and objects that training runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from moesys.config import Config, ModelConfig
+from moesys.errors import ConfigError
+from moesys.models import AttentionConfig, Decoder, DecoderConfig, DenseConfig, initialize_weights
+from moesys.moe import MoEConfig
+from moesys.planning import choose_faster_dtype
+
+
+def build_decoder_config(model: ModelConfig, vocab_size: int, max_positions: int) -> DecoderConfig:
+    """Translates the model section into the plain record that `Decoder` is built from."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        attention=AttentionConfig(
+            num_heads=model.num_heads,
+            num_kv_heads=model.resolved_num_kv_heads,
+            head_dim=model.resolved_head_dim,
+            qk_norm=model.qk_norm,
+            qkv_bias=model.attention_bias,
+            output_bias=model.attention_bias,
+            sliding_window=model.sliding_window,
+            rope_theta=model.rope_theta,
+        ),
+        feed_forwards=tuple(_build_feed_forward(model, num_experts) for num_experts in model.experts_per_layer),
+        norm_epsilon=model.norm_epsilon,
+        tie_embeddings=model.tie_embeddings,
+        max_positions=max_positions,
+    )
+
+
+def build_model(config: Config, vocab_size: int) -> Decoder:
+    """Builds and initialises the float32 model on the configured device."""
+    model = Decoder(build_decoder_config(config.model, vocab_size, config.data.sequence_length))
+    initialize_weights(model, config.training.seed, config.model.init_std)
+    return model.to(select_device(config.runtime.device))
+
+
+def select_device(name: str) -> torch.device:
+    """Returns the device that the config names; raises `ConfigError` where it does not exist."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"runtime.device ({name!r}) is not a device; use cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"runtime.device is {name!r}, but torch {torch.__version__} sees no GPU here; use cpu")
+    return device
+
+
+def resolve_dtype(config: Config) -> Config:
+    """Returns the config with ``training.dtype=auto`` replaced by what is faster here, measured."""
+    if config.training.dtype != "auto":
+        return config
+    faster = choose_faster_dtype(select_device(config.runtime.device))
+    name = "bf16" if faster is torch.bfloat16 else "fp32"
+    return config.model_copy(update={"training": config.training.model_copy(update={"dtype": name})})
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Returns the torch dtype of a resolved ``training.dtype``."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.dtype]
+
+
+def _build_feed_forward(model: ModelConfig, num_experts: int) -> MoEConfig | DenseConfig:
+    if num_experts == 0:
+        return DenseConfig(model.intermediate_size)
+    return MoEConfig(
+        num_experts=num_experts,
+        top_k=model.top_k,
+        intermediate_size=model.expert_intermediate_size,
+        normalize_top_k=model.normalize_top_k,
+        shared_intermediate_size=model.shared_expert_intermediate_size,
+    )

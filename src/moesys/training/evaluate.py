@@ -1,0 +1,52 @@
+"""Held-out loss and bits per byte, the figure that tokenizers cannot flatter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moesys.data import HeldoutSet
+from moesys.kernels import linear_cross_entropy
+from moesys.models import Decoder, DocumentAttend
+from moesys.moe import Execution
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Cross entropy on held-out documents, each seen alone."""
+
+    loss: float
+    """Nats per target token."""
+    bits_per_byte: float
+    """Total information content of the targets over the UTF-8 bytes of the documents."""
+    num_targets: int
+    num_bytes: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder,
+    heldout: HeldoutSet,
+    execution: Execution,
+    loss_chunk_tokens: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Scores every target of the set once. ``on_progress`` gets (batches done, batches)."""
+    device = model.embedding.weight.device
+    total = 0.0
+    for done, held in enumerate(heldout.batches):
+        batch = held.to(device)
+        output = model(batch.token_ids_BS, batch.positions_BS, DocumentAttend(batch.document_ids_BS), execution)
+        total += linear_cross_entropy(
+            output.hidden_BSD.flatten(0, 1), model.head_weight_VD, batch.target_ids_BS.flatten(), loss_chunk_tokens
+        ).item()
+        on_progress(done + 1, len(heldout.batches))
+    return Evaluation(
+        loss=total / heldout.num_targets,
+        bits_per_byte=total / math.log(2) / heldout.num_bytes,
+        num_targets=heldout.num_targets,
+        num_bytes=heldout.num_bytes,
+    )
