@@ -204,7 +204,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU model, usable cores, memory and operating system, for the record of a run."""
+    """CPU model, usable cores, memory, operating system, and how busy the last minute was (load average)."""
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")]
     return {
@@ -212,6 +212,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
+        "load_average": os.getloadavg()[0],
     }
 
 
@@ -239,12 +240,18 @@ def describe_revision(folder: Path) -> str | None:
     return f"{revision}+changes" if changes else revision
 
 
-def write_record(path: Path, root: Path, packages: Sequence[str], contents: Mapping[str, Any]) -> None:
-    """Writes a run as JSON: date, revision, machine and versions, then ``contents``."""
+def write_record(
+    path: Path,
+    root: Path,
+    machine: Mapping[str, Any],
+    packages: Sequence[str],
+    contents: Mapping[str, Any],
+) -> None:
+    """Writes a run as JSON: date, revision, the machine as it was before, versions, then ``contents``."""
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": describe_revision(root),
-        "machine": describe_machine(),
+        "machine": dict(machine),
         "versions": describe_versions(packages),
         **contents,
     }

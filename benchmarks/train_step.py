@@ -58,10 +58,10 @@ class Plan:
     rounds: int
     warmup_steps: int
     steps: int
-    dtype: str = "fp32"
+    dtype: peers.Arithmetic = "fp32"
     threads: int = 2
     seed: int = 0
-    slowest_step_seconds: float = 20.0
+    slowest_step_seconds: float = 30.0
 
 
 TRANSFORMERS = tuple(name for name in peers.SYSTEMS if name.startswith("transformers-"))
@@ -146,10 +146,10 @@ def measure_worker(system: str, plan: Plan, size: str) -> dict[str, Any]:
     torch.manual_seed(plan.seed)
     if system == GEMM:
         return {"flops": harness.measure_gemm_flops(TORCH_DTYPES[plan.dtype])}
-    peer = peers.load(system)
+    build = peers.load_builder(system)
     memory = harness.PeakMemory()
     shape = SIZES[size]
-    trainee = peer.build(peers.SYSTEMS[system].variant, shape, plan.dtype)
+    trainee = build(peers.SYSTEMS[system].variant, shape, plan.dtype)
     batches = draw_batches(shape, plan.warmup_steps + plan.steps, plan.seed)
     memory.reset()
 
@@ -225,8 +225,9 @@ def _claims_against(rival: Rival, result: SizeResult) -> list[Claim]:
 
     fastest = max(present, key=lambda system: result.rate_spread(system).median)
     their_rates = result.rates(fastest)
-    goal = statistics.median(their_rates)
-    goal = result.rate_spread(DENSE).median / goal if DENSE in result.records else None
+    goal = None
+    if DENSE in result.records:
+        goal = statistics.median(harness.pair_ratios(result.rates(DENSE), their_rates))
     claims = [
         Claim(names["speed"], floors["speed"], harness.pair_ratios(result.rates(OURS), their_rates), goal)
     ]
@@ -309,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(record))
         return 0
 
+    machine = harness.describe_machine()
     gemm_flops = measure_ceiling(plan)
     results = [measure_size(size, plan) for size in plan.sizes]
     gemm_flops += measure_ceiling(plan)
@@ -318,7 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_size(result, max(gemm_flops)), end="\n\n")
     print(
         f"{plan.dtype}, {plan.threads} threads, {2 * plan.rounds} passes of {plan.steps} steps; "
-        f"GEMM {max(gemm_flops) / 1e9:.0f} GFLOP/s ({min(gemm_flops) / 1e9:.0f} at worst)"
+        f"GEMM {max(gemm_flops) / 1e9:.0f} GFLOP/s ({min(gemm_flops) / 1e9:.0f} at worst); "
+        f"load average before the run {machine['load_average']:.1f} on {machine['cores']} cores"
     )
     for claim in claims:
         print(claim.line)
@@ -335,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ],
             "claims": [claim.record for claim in claims],
         }
-        harness.write_record(options.json, ROOT, PACKAGES, contents)
+        harness.write_record(options.json, ROOT, machine, PACKAGES, contents)
     if options.plot is not None:
         panels = {r.size: {name: r.rate_spread(name) for name in r.records} for r in results}
         harness.plot_bars(options.plot, "tokens per second", panels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -32,10 +33,8 @@ class Trainee(Protocol):
         ...
 
 
-class PeerFile(Protocol):
-    """What a file of this folder offers."""
-
-    def build(self, variant: str, shape: Shape, arithmetic: Arithmetic) -> Trainee: ...
+BuildTrainee = Callable[[str, Shape, Arithmetic], Trainee]
+"""``build(variant, shape, arithmetic)`` of a file of this folder."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ SYSTEMS: dict[str, System] = {
 }
 
 
-def load(name: str) -> PeerFile:
+def load_builder(name: str) -> BuildTrainee:
     """Imports the file of system ``name``. Raises UnavailableError when its package is not installed."""
     system = SYSTEMS[name]
     if importlib.util.find_spec(system.package) is None:
         raise UnavailableError(f"{system.package} is not installed")
-    return importlib.import_module(f"peers.{system.file}")
+    return importlib.import_module(f"peers.{system.file}").build

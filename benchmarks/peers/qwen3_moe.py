@@ -7,6 +7,7 @@ called here because ``Qwen3MoeForCausalLM.forward`` would take that mask for a p
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -27,7 +28,6 @@ class Qwen3MoeNetwork(nn.Module):
             num_hidden_layers=shape.num_layers,
             num_attention_heads=shape.num_heads,
             num_key_value_heads=shape.num_heads,
-            head_dim=shape.head_size,
             max_position_embeddings=shape.sequence_length,
             initializer_range=INIT_STD,
             rms_norm_eps=NORM_EPSILON,
@@ -49,7 +49,8 @@ class Qwen3MoeNetwork(nn.Module):
     def forward(self, tokens_BS: Tensor, mask_B1SS: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.model.model(input_ids=tokens_BS, attention_mask=mask_B1SS, output_router_logits=True)
         logits_BSV = self.model.lm_head(outputs.last_hidden_state)
-        return logits_BSV, load_balancing_loss_func(outputs.router_logits, self.num_experts, self.top_k)
+        balance_loss = load_balancing_loss_func(outputs.router_logits, self.num_experts, self.top_k)
+        return logits_BSV, cast(Tensor, balance_loss)
 
 
 def build(variant: str, shape: Shape, arithmetic: Arithmetic) -> Trainee:

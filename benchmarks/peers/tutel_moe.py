@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tutel import moe as tutel_moe
+from tutel import moe as tutel_moe  # pyrefly: ignore[missing-import]
 
 from peers import Arithmetic, Trainee
 from peers.network import Decoder

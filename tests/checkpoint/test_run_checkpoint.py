@@ -106,6 +106,7 @@ def all_dtypes_state() -> RunState:
         }
     tensors["parameter"] = torch.nn.Parameter(torch.randn(3))
     tensors["negated"] = torch.tensor([1 + 2j, 3 - 1j]).conj().imag
+    tensors["negated_contiguous"] = torch.tensor([1 + 2j]).conj().imag
     return RunState(7, 99, tensors, {"rng": [1, 2, 3], "none": None})
 
 
@@ -384,6 +385,38 @@ def test_a_fault_at_each_operation_is_a_typed_error_and_loses_nothing(
     assert num_refused > 35
 
 
+def test_everything_is_synced_before_it_gets_its_name_and_the_name_afterwards(tmp_path: Path) -> None:
+    class Recording(FileSystem):
+        def __init__(self) -> None:
+            self.open_paths: dict[int, Path] = {}
+            self.synced: list[Path] = []
+            self.synced_before_rename: list[Path] = []
+
+        def system_call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if call is os.rename:
+                assert {path.name for path in args[0].iterdir()} == {
+                    path.name for path in self.synced if path.parent == args[0]
+                }
+                assert self.synced[-1] == args[0]
+                self.synced_before_rename = list(self.synced)
+            result = super().system_call(call, *args, **kwargs)
+            if call is os.open:
+                self.open_paths[result] = args[0]
+            elif call is os.fsync:
+                self.synced.append(self.open_paths[args[0]])
+            elif call is os.write:
+                assert self.open_paths[args[0]] not in self.synced
+            return result
+
+    files = Recording()
+    save_checkpoint(tmp_path / "run", make_state(1), keep=1, files=files)
+    names = [path.name for path in files.synced_before_rename[1:-1]]
+    assert names[:2] == ["tensors-00000.safetensors", "state.json"]
+    assert names[2].startswith("manifest-")
+    assert files.synced[0] == tmp_path
+    assert files.synced[len(files.synced_before_rename) :] == [tmp_path / "run"]
+
+
 def test_short_writes_save_correctly(tmp_path: Path) -> None:
     def short(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return os.write(args[0], args[1][:5]) if call is os.write else call(*args, **kwargs)
@@ -420,7 +453,7 @@ def run_kills(directory: Path) -> dict[str, int]:
     """Kills a forked child at each operation of a save; returns how often the old and the new one loaded."""
     base, scratch = directory / "base", directory / "scratch"
     prepare_base(base)
-    old, new = make_state(2, 3), make_state(3, 54, 5)
+    old, new = make_state(2, 3), make_state(3, 44, 5)
     outcomes = {"old": 0, "new": 0, "survived": 0, "lost": 0}
     num_operations = count_operations(base, scratch, new)
     for strike in kill_strikes().values():
@@ -617,6 +650,37 @@ def test_a_forged_manifest_is_damage_and_nothing_else(tmp_path: Path, text: byte
     write_manifest(path, text)
     with pytest.raises(DamagedCheckpointError, match="manifest"):
         verify_checkpoint(path)
+
+
+def test_a_manifest_is_checked_against_its_name_its_folder_and_its_uniqueness(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make_state(1), keep=1)
+    renamed = path.rename(tmp_path / "step-00000002")
+    with pytest.raises(DamagedCheckpointError, match="it is of step 1, its folder of 2"):
+        verify_checkpoint(renamed)
+    renamed.rename(path)
+    manifest = next(path.glob("manifest-*.json"))
+    contents = manifest.read_bytes()
+    manifest.write_bytes(contents + b" ")
+    with pytest.raises(DamagedCheckpointError, match="its sha256 begins with"):
+        verify_checkpoint(path)
+    manifest.write_bytes(contents)
+    (path / "manifest-0123456789abcdef.json").write_bytes(b"{}")
+    with pytest.raises(DamagedCheckpointError, match="2 manifests instead of one"):
+        verify_checkpoint(path)
+
+
+def test_a_shape_that_overflows_is_damage_even_where_it_holds_no_element(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, RunState(1, 1, {"a": torch.zeros(0)}, {}), keep=1)
+    name, shape = "tensors-00000.safetensors", [2**62, 2**62, 0]
+    entry = {"dtype": "F32", "shape": shape}
+    shard = header(json.dumps({"a": entry | {"data_offsets": [0, 0]}}))
+    (path / name).write_bytes(shard)
+    manifest = json.loads(next(path.glob("manifest-*.json")).read_text())
+    manifest["files"][name] = {"size": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}
+    manifest["tensors"]["a"] = entry | {"file": name}
+    write_manifest(path, json.dumps(manifest).encode())
+    with pytest.raises(DamagedCheckpointError, match="too large"):
+        load_newest_checkpoint(tmp_path, on_damage=lambda message: None)
 
 
 def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
