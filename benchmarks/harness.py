@@ -229,7 +229,7 @@ def describe_versions(packages: Sequence[str]) -> dict[str, str | None]:
 
 def describe_revision(folder: Path) -> str | None:
     """The git commit of ``folder``, ``+changes`` added when files differ from it; None outside a checkout."""
-    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
+    commands = (["git", "rev-parse", "HEAD"], ["git", "--no-optional-locks", "status", "--porcelain"])
     try:
         revision, changes = (
             subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moesys.data import Document, load_documents, split_heldout
@@ -62,6 +62,18 @@ def test_folder_is_read_recursively_by_ending(tmp_path: Path) -> None:
         *("line\r\n", "markdown", "no ending"),
         '{"text": "json\u2028line"}\n\n{"text": "second"}\n',
     }
+
+
+def test_files_that_are_not_text_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "notes").write_text("no ending")
+    assert len(load_documents(str(tmp_path), "text")) == 1
+    assert not caplog.records
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "a.latin1").write_bytes(b"caf\xe9")
+    assert texts_of(load_documents(str(tmp_path), "text")) == {"no ending"}
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "skipped files that are not UTF-8 text: 2, the first is a.latin1" in record.getMessage()
 
 
 def test_file_is_read_by_its_ending_or_the_given_format(tmp_path: Path) -> None:
@@ -201,10 +213,7 @@ def test_bad_jsonl_line_is_located(line: str, message: str, tmp_path: Path) -> N
 )
 def test_split_covers_every_document_and_keeps_copies_together(texts: list[str], fraction: float) -> None:
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
-    if len(set(texts)) < 2:
-        with pytest.raises(DataError, match="at least 2 different documents"):
-            split_heldout(documents, fraction)
-        return
+    assume(len(set(texts)) > 1)
     train, heldout = split_heldout(documents, fraction)
     assert train
     assert heldout
@@ -221,6 +230,42 @@ def test_split_is_stable_when_documents_are_added() -> None:
     assert 60 < len(more_heldout) < 140
 
 
-def test_one_document_cannot_be_split() -> None:
-    with pytest.raises(DataError, match=r"at least 2 different documents, got 1 .*give more documents"):
-        split_heldout([Document("a", "same"), Document("b", "same")], 0.5)
+@given(text=st.text("ab\n", min_size=2, max_size=60), fraction=st.floats(0.001, 0.999))
+def test_one_document_is_cut_into_a_head_and_a_tail_near_the_fraction(text: str, fraction: float) -> None:
+    [train], [heldout] = split_heldout([Document("book", text)], fraction)
+    assert train.text
+    assert heldout.text
+    assert train.text + heldout.text == text
+    assert (train.name, heldout.name) == (f"book[:{len(train.text)}]", f"book[{len(train.text)}:]")
+    asked = min(max(fraction * len(text), 1), len(text) - 1)
+    assert abs(len(heldout.text) - asked) <= min(asked, len(text) - asked) / 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "tail"),
+    [
+        ("line\n" * 100, "line\n" * 5),
+        ("x" * 100, "x" * 5),
+        ("x" * 93 + "\n" + "y" * 6, "y" * 6),
+        ("x" * 96 + "\n" + "y" * 3, "y" * 3),
+        ("x" * 98 + "\n" + "y", "xxx\ny"),
+        ("title\n" + "x" * 94, "x" * 5),
+        ("x" * 99 + "\n", "xxxx\n"),
+        ("ab", "b"),
+    ],
+)
+def test_one_document_is_cut_at_a_line_when_one_is_near(text: str, tail: str) -> None:
+    [train], [heldout] = split_heldout([Document("book", text)], 0.05)
+    assert (train.text, heldout.text) == (text.removesuffix(tail), tail)
+
+
+def test_copies_of_one_document_are_cut_at_the_same_place() -> None:
+    train, heldout = split_heldout([Document("a", "head tail"), Document("b", "head tail")], 0.45)
+    assert [d.text for d in train] == ["head "] * 2
+    assert [d.text for d in heldout] == ["tail"] * 2
+
+
+@pytest.mark.parametrize(("documents", "found"), [([Document("a", "x")] * 2, 1), ([], 0)])
+def test_a_document_too_short_to_cut_is_refused(documents: list[Document], found: int) -> None:
+    with pytest.raises(DataError, match=rf"at least 2 characters, got {found}; give a longer document"):
+        split_heldout(documents, 0.5)

@@ -90,6 +90,15 @@ def test_corpus_too_small_for_the_sequence_length(corpus: Path, tmp_path: Path) 
         prepare_data(configure(corpus, sequence_length=100000), tmp_path / "cache")
 
 
-def test_one_file_cannot_be_split(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"at least 2 different documents, got 1 .*give more documents"):
-        prepare_data(configure(corpus / "1.txt"), tmp_path / "cache")
+def test_one_file_is_split_into_head_and_tail(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"line {i:3d}\n" for i in range(100)))
+    data = prepare_data(configure(book, heldout_fraction=0.05), tmp_path / "cache")
+    assert (data.train.num_bytes, data.heldout.num_bytes) == (95 * 9, 5 * 9)
+    assert data.description.endswith("one document: its last 5 % held out")
+
+
+def test_a_file_of_one_character_cannot_be_split(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("x")
+    with pytest.raises(DataError, match="at least 2 characters, got 1"):
+        prepare_data(configure(tmp_path / "short.txt"), tmp_path / "cache")

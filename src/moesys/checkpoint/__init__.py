@@ -1,6 +1,8 @@
 """Bytes that must survive: training checkpoints with verified manifests, and Hugging Face model folders."""
 
 from moesys.checkpoint.files import FileSystem, write_text_atomic
+from moesys.checkpoint.hf import ExportedWeights, load_model, save_model
+from moesys.checkpoint.model_card import CurvePoint, ModelCard
 from moesys.checkpoint.run_checkpoint import (
     RunState,
     describe_config_difference,
@@ -9,14 +11,23 @@ from moesys.checkpoint.run_checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from moesys.checkpoint.text_model import TextModel, load_text_model, parse_dtype
 
 __all__ = [
+    "CurvePoint",
+    "ExportedWeights",
     "FileSystem",
+    "ModelCard",
     "RunState",
+    "TextModel",
     "describe_config_difference",
     "list_checkpoints",
+    "load_model",
     "load_newest_checkpoint",
+    "load_text_model",
+    "parse_dtype",
     "save_checkpoint",
+    "save_model",
     "verify_checkpoint",
     "write_text_atomic",
 ]

@@ -28,12 +28,22 @@ from typing import Any, TypeAlias
 import torch
 
 from moesys.checkpoint.files import DEFAULT, FileSystem, HashedReader, WrittenFile, explain_read_errors
+from moesys.checkpoint.safetensors_file import (
+    TensorRecord,
+    parse_natural,
+    parse_object,
+    parse_record,
+    read_safetensors,
+    record_tensor,
+    verify_safetensors,
+    write_safetensors,
+)
 from moesys.errors import CheckpointError, DamagedCheckpointError, DiskSpaceError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 MAX_SHARD_BYTES = 2**30
-MAX_HEADER_BYTES = 100_000_000
+MAX_MANIFEST_BYTES = 100_000_000
 FREE_SPACE_FACTOR = 1.2
 
 _FORMAT = "moesys-run-checkpoint"
@@ -44,19 +54,6 @@ _UNFINISHED_PATTERN = re.compile(r"step-[0-9]{8,}\.tmp-[0-9a-f]+")
 _MANIFEST_PATTERN = re.compile(r"manifest-([0-9a-f]{16})\.json")
 _SHARD_PATTERN = re.compile(r"tensors-[0-9]{5,}\.safetensors")
 _SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _log = logging.getLogger(__name__)
 
@@ -75,18 +72,8 @@ class RunState:
     metadata: Mapping[str, JSON]
 
 
-@dataclass(frozen=True)
-class _TensorRecord:
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
-
-
-_Shards: TypeAlias = Mapping[str, Mapping[str, _TensorRecord]]
-"""Per file name, its tensors by name in the order of the file."""
+_Shards: TypeAlias = Mapping[str, Mapping[str, TensorRecord]]
+"""Per file name, its tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -237,57 +224,17 @@ def _encode_state(state: RunState) -> bytes:
 
 
 def _plan_shards(tensors: Mapping[str, torch.Tensor]) -> _Shards:
-    """Fills shards in the order given; inside one, wide dtypes come first, so that all are aligned."""
-    shards: list[dict[str, _TensorRecord]] = []
+    """Fills shards in the order given."""
+    shards: list[dict[str, TensorRecord]] = []
     filled_bytes = 0
     for name, tensor in tensors.items():
-        record = _record_of(name, tensor)
+        record = record_tensor(name, tensor)
         if not shards or filled_bytes + record.size_bytes > MAX_SHARD_BYTES:
             shards.append({})
             filled_bytes = 0
         shards[-1][name] = record
         filled_bytes += record.size_bytes
-    return {
-        f"tensors-{index:05d}.safetensors": dict(
-            sorted(shard.items(), key=lambda item: _DTYPES[item[1].dtype].itemsize, reverse=True)
-        )
-        for index, shard in enumerate(shards)
-    }
-
-
-def _record_of(name: str, tensor: torch.Tensor) -> _TensorRecord:
-    if name in ("", "__metadata__"):
-        raise CheckpointError(f"a tensor cannot be named {name!r} in a safetensors file; rename it")
-    if tensor.dtype not in _DTYPE_NAMES:
-        raise CheckpointError(
-            f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot hold; "
-            f"convert it to one of {', '.join(str(dtype) for dtype in _DTYPE_NAMES)}"
-        )
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise CheckpointError(
-            f"tensor {name} ({tensor.layout} on {tensor.device}) must be dense and have storage; "
-            "materialise it before saving"
-        )
-    return _TensorRecord(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-
-
-def _raw_bytes(tensor: torch.Tensor) -> memoryview:
-    tensor = tensor.detach()
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_neg():
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _header(records: Mapping[str, _TensorRecord]) -> bytes:
-    entries: dict[str, JSON] = {}
-    offset = 0
-    for name, record in records.items():
-        end = offset + record.size_bytes
-        entries[name] = {"dtype": record.dtype, "shape": record.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return {f"tensors-{index:05d}.safetensors": shard for index, shard in enumerate(shards)}
 
 
 def _require_free_space(directory: Path, expected_bytes: int, files: FileSystem) -> None:
@@ -331,9 +278,8 @@ def _write_verified(final: Path, draft: _Draft, files: FileSystem) -> None:
 def _write_contents(folder: Path, draft: _Draft, files: FileSystem) -> None:
     written: dict[str, WrittenFile] = {}
     for name, records in draft.shards.items():
-        size_bytes = sum(record.size_bytes for record in records.values())
-        chunks = _shard_chunks(records, draft.state.tensors)
-        written[name] = files.write_new_file(folder / name, chunks, size_bytes)
+        shard = {tensor_name: draft.state.tensors[tensor_name] for tensor_name in records}
+        written[name] = write_safetensors(folder / name, shard, files=files)
     written[_STATE_NAME] = files.write_new_file(
         folder / _STATE_NAME, [draft.state_text], len(draft.state_text)
     )
@@ -352,14 +298,6 @@ def _write_contents(folder: Path, draft: _Draft, files: FileSystem) -> None:
     text = json.dumps(manifest, indent=1).encode()
     digest = hashlib.sha256(text).hexdigest()
     files.write_new_file(folder / f"manifest-{digest[:16]}.json", [text], len(text))
-
-
-def _shard_chunks(
-    records: Mapping[str, _TensorRecord], tensors: Mapping[str, torch.Tensor]
-) -> Iterator[memoryview | bytes]:
-    yield _header(records)
-    for name in records:
-        yield _raw_bytes(tensors[name])
 
 
 def _remove_unfinished(directory: Path, files: FileSystem) -> None:
@@ -418,11 +356,7 @@ def _load(path: Path) -> RunState:
     metadata = _read_metadata(path, manifest)
     tensors: dict[str, torch.Tensor] = {}
     for file_name, records in manifest.shards.items():
-        with HashedReader(path / file_name, manifest.files[file_name]) as reader:
-            for name in _read_header(reader, records):
-                tensors[name] = torch.empty(records[name].shape, dtype=_DTYPES[records[name].dtype])
-                reader.read_into(_raw_bytes(tensors[name]))
-            reader.check_digest()
+        tensors |= read_safetensors(path / file_name, manifest.files[file_name], records)
     return RunState(manifest.step, manifest.tokens, tensors, metadata)
 
 
@@ -430,9 +364,7 @@ def _verify(path: Path, step: int | None) -> None:
     manifest = _read_manifest(path, step)
     _read_metadata(path, manifest)
     for file_name, records in manifest.shards.items():
-        with HashedReader(path / file_name, manifest.files[file_name]) as reader:
-            _read_header(reader, records)
-            reader.check_digest()
+        verify_safetensors(path / file_name, manifest.files[file_name], records)
 
 
 def _read_manifest(folder: Path, step: int | None) -> _Manifest:
@@ -442,9 +374,9 @@ def _read_manifest(folder: Path, step: int | None) -> _Manifest:
             raise DamagedCheckpointError(f"{folder} is damaged: it has {len(found)} manifests instead of one")
         path = found[0]
         size_bytes = path.stat().st_size
-        if size_bytes > MAX_HEADER_BYTES:
+        if size_bytes > MAX_MANIFEST_BYTES:
             raise DamagedCheckpointError(
-                f"{path} is damaged: {size_bytes} bytes, and a manifest has at most {MAX_HEADER_BYTES}"
+                f"{path} is damaged: {size_bytes} bytes, and a manifest has at most {MAX_MANIFEST_BYTES}"
             )
         contents = path.read_bytes()
     expected, digest = path.stem.removeprefix("manifest-"), hashlib.sha256(contents).hexdigest()[:16]
@@ -453,7 +385,7 @@ def _read_manifest(folder: Path, step: int | None) -> _Manifest:
             f"{path} is damaged: its sha256 begins with {digest}, not with {expected}"
         )
     try:
-        manifest = _parse_manifest(_parse_object(contents))
+        manifest = _parse_manifest(parse_object(contents))
     except ValueError as error:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from error
     if step is not None and manifest.step != step:
@@ -468,7 +400,7 @@ def _read_metadata(folder: Path, manifest: _Manifest) -> Mapping[str, JSON]:
         contents = reader.read(reader.left_bytes)
         reader.check_digest()
         try:
-            state = _parse_object(contents)
+            state = parse_object(contents)
         except ValueError as error:
             raise reader.damaged(str(error)) from error
         metadata = state.get("metadata")
@@ -482,61 +414,10 @@ def _read_metadata(folder: Path, manifest: _Manifest) -> Mapping[str, JSON]:
     return metadata
 
 
-def _read_header(reader: HashedReader, expected: Mapping[str, _TensorRecord]) -> list[str]:
-    """Reads a shard up to its first tensor and returns the tensors' names in the order of the file."""
-    try:
-        if reader.left_bytes < 8:
-            raise ValueError("it is too short for a header")
-        header_bytes = int.from_bytes(reader.read(8), "little")
-        limit = min(reader.left_bytes, MAX_HEADER_BYTES)
-        if header_bytes > limit:
-            raise ValueError(f"its header claims {header_bytes} bytes of at most {limit}")
-        contents = _parse_object(reader.read(header_bytes))
-        records = _parse_header(contents, reader.left_bytes)
-        if records != expected:
-            raise ValueError("its header and the manifest describe different tensors")
-    except ValueError as error:
-        raise reader.damaged(str(error)) from error
-    return list(records)
-
-
-def _parse_object(contents: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(contents)
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deeply") from error
-    if not isinstance(parsed, dict):
-        raise ValueError("its JSON is not an object")
-    return parsed
-
-
-def _parse_header(entries: Mapping[str, Any], payload_bytes: int) -> dict[str, _TensorRecord]:
-    """Returns the tensors of a safetensors header in the order of their bytes, which must leave no gap."""
-    spans: list[tuple[int, int, str, _TensorRecord]] = []
-    for name, entry in entries.items():
-        match entry:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]}:
-                record = _parse_record(name, dtype, shape)
-                spans.append((_parse_natural("offset", start), _parse_natural("offset", end), name, record))
-            case _:
-                raise ValueError(f"its header has no dtype, shape and offsets for {name}")
-    position = 0
-    for start, end, name, record in sorted(spans, key=lambda span: span[:2]):
-        if start != position or end - start != record.size_bytes:
-            raise ValueError(
-                f"{name} should lie at bytes {position} to {position + record.size_bytes}, "
-                f"not {start} to {end}"
-            )
-        position = end
-    if position != payload_bytes:
-        raise ValueError(f"its tensors end at byte {position} of {payload_bytes}")
-    return {name: record for _, _, name, record in sorted(spans, key=lambda span: span[:2])}
-
-
 def _parse_manifest(contents: Mapping[str, Any]) -> _Manifest:
     if contents.get("format") != _FORMAT:
         raise ValueError(f"its format is {contents.get('format')!r}, not {_FORMAT!r}")
-    version = _parse_natural("version", contents.get("version"))
+    version = parse_natural("version", contents.get("version"))
     if version > _VERSION:
         raise CheckpointError(
             f"this checkpoint has format version {version} and this moesys reads up to {_VERSION}; "
@@ -548,14 +429,14 @@ def _parse_manifest(contents: Mapping[str, Any]) -> _Manifest:
     written = {name: _parse_written_file(name, entry) for name, entry in files.items()}
     if _STATE_NAME not in written:
         raise ValueError(f"it does not list {_STATE_NAME}")
-    shards: dict[str, dict[str, _TensorRecord]] = {name: {} for name in written if name != _STATE_NAME}
+    shards: dict[str, dict[str, TensorRecord]] = {name: {} for name in written if name != _STATE_NAME}
     for name, entry in tensors.items():
         match entry:
             case {"file": str(file_name), "dtype": str(dtype), "shape": list(shape)} if file_name in shards:
-                shards[file_name][name] = _parse_record(name, dtype, shape)
+                shards[file_name][name] = parse_record(name, dtype, shape)
             case _:
                 raise ValueError(f"it has no file, dtype and shape for {name}")
-    step, tokens = (_parse_natural(key, contents.get(key)) for key in ("step", "tokens"))
+    step, tokens = (parse_natural(key, contents.get(key)) for key in ("step", "tokens"))
     return _Manifest(step, tokens, written, shards)
 
 
@@ -564,23 +445,5 @@ def _parse_written_file(name: str, entry: Any) -> WrittenFile:
         raise ValueError(f"it lists a file {name!r} that a checkpoint does not have")
     match entry:
         case {"size": size_bytes, "sha256": str(sha256)} if _SHA256_PATTERN.fullmatch(sha256):
-            return WrittenFile(_parse_natural(f"size of {name}", size_bytes), sha256)
+            return WrittenFile(parse_natural(f"size of {name}", size_bytes), sha256)
     raise ValueError(f"it has no size and sha256 for {name}")
-
-
-def _parse_record(name: str, dtype: str, shape: Sequence[object]) -> _TensorRecord:
-    if dtype not in _DTYPES:
-        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
-    sizes = tuple(_parse_natural(f"shape of {name}", size) for size in shape)
-    extent_bytes = _DTYPES[dtype].itemsize
-    for size in sizes:
-        extent_bytes *= max(size, 1)
-        if extent_bytes >= 2**63:
-            raise ValueError(f"{name} has a shape too large for any machine")
-    return _TensorRecord(dtype, sizes)
-
-
-def _parse_natural(what: str, value: object) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"its {what} is {value!r}, not a whole number from 0 to 2^63")
-    return value

@@ -7,6 +7,7 @@ folder order or the machine, and adding a document moves no other one. Knows not
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from moesys.data.sources import (
 from moesys.errors import DataError
 
 Format = Literal["auto", "text", "jsonl", "parquet"]
+
+_logger = logging.getLogger(__name__)
 
 _TEXT_SUFFIXES = (
     *(".txt", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".json"),
@@ -52,7 +55,8 @@ def load_documents(source: str, format: Format = "auto", text_field: str = "text
         source: ``stdlib`` (the running Python's own source and documentation, each text once), a file, a
             folder (read recursively, without hidden files and folders), or ``hf:NAME``.
         format: how files are read; ``auto`` goes by the file name's ending. In a folder, ``jsonl`` and
-            ``parquet`` take the files with that ending, ``text`` every file that is UTF-8 text.
+            ``parquet`` take the files with that ending, ``text`` every file that is UTF-8 text; one
+            warning on the log counts the files that are not.
         text_field: the field that holds the text, for JSONL, Parquet and Hugging Face datasets.
 
     Raises:
@@ -89,20 +93,44 @@ def split_heldout(documents: list[Document], fraction: float) -> tuple[list[Docu
     texts land on the same side, and other documents do not matter, except that the lowest (highest) hash
     changes sides where its own side would take everything.
 
+    A corpus of one document (or of copies of one) is cut instead: its tail, `fraction` of its characters, is
+    held out. The cut moves to the nearest line boundary unless that changes a side by more than half.
+
     Raises:
-        DataError: there are fewer than two different documents.
+        DataError: there is nothing to cut: no document, or a single one of one character.
     """
     hashes = sorted({document.content_hash for document in documents})
     if len(hashes) < 2:
-        raise DataError(
-            f"held-out text needs at least 2 different documents, got {len(hashes)} "
-            f"({len(documents)} with copies); give more documents: several files, or JSONL with one per line"
-        )
+        return _cut_tails(documents, fraction)
     num_heldout = sum(int(content_hash, 16) < fraction * 2**256 for content_hash in hashes)
     last_heldout = hashes[min(max(num_heldout, 1), len(hashes) - 1) - 1]
     train = [document for document in documents if document.content_hash > last_heldout]
     heldout = [document for document in documents if document.content_hash <= last_heldout]
     return train, heldout
+
+
+def _cut_tails(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    num_characters = max((len(document.text) for document in documents), default=0)
+    if num_characters < 2:
+        raise DataError(
+            f"held-out text needs a corpus of at least 2 characters, got {num_characters}; "
+            "give a longer document, or more of them"
+        )
+    train, heldout = [], []
+    for document in documents:
+        cut = _choose_cut(document.text, fraction)
+        train.append(Document(f"{document.name}[:{cut}]", document.text[:cut]))
+        heldout.append(Document(f"{document.name}[{cut}:]", document.text[cut:]))
+    return train, heldout
+
+
+def _choose_cut(text: str, fraction: float) -> int:
+    """Returns where the tail begins: at a line near the exact place, or there."""
+    exact = min(max(round(len(text) * (1 - fraction)), 1), len(text) - 1)
+    farthest = min(exact, len(text) - exact) / 2
+    line_starts = (text.rfind("\n", 0, exact) + 1, text.find("\n", exact) + 1)
+    nearest = min(line_starts, key=lambda start: abs(start - exact))
+    return nearest if abs(nearest - exact) <= farthest else exact
 
 
 def _read_file(path: Path, format: Format, text_field: str, name: str | None = None) -> Iterator[Document]:
@@ -116,12 +144,22 @@ def _read_file(path: Path, format: Format, text_field: str, name: str | None = N
 
 
 def _read_folder(root: Path, format: Format, text_field: str) -> Iterator[Document]:
+    skipped: list[str] = []
     for path in _walk(root):
         kind, name = _kind_of(path), path.relative_to(root).as_posix()
         if kind == format or (format == "auto" and kind):
             yield from _read_file(path, format, text_field, name)
         elif format == "text" and _is_text(path):
             yield from read_text(path, name)
+        elif format == "text":
+            skipped.append(name)
+    if skipped:
+        _logger.warning(
+            "%s: skipped files that are not UTF-8 text: %d, the first is %s",
+            root,
+            len(skipped),
+            skipped[0],
+        )
 
 
 def _read_stdlib(root: Path) -> Iterator[Document]:

@@ -50,16 +50,11 @@ def prepare_data(config: DataConfig, cache_dir: Path) -> PreparedData:
     train = pack_documents(train_documents, tokenizer, cache_dir / "packed")
     count_sequences(train, config.sequence_length)
     heldout = pack_documents(heldout_documents, tokenizer, cache_dir / "packed")
-    num_bytes, num_tokens = train.num_bytes + heldout.num_bytes, train.num_tokens + heldout.num_tokens
     return PreparedData(
         tokenizer=tokenizer,
         train=train,
         heldout=heldout,
-        description=(
-            f"{config.source}: {len(documents)} documents, {format_bytes(num_bytes)}, "
-            f"{format_count(num_tokens)} tokens ({num_bytes / num_tokens:.2f} bytes per token), "
-            f"{len(heldout_documents)} documents held out"
-        ),
+        description=_describe(config.source, documents, train, heldout),
         fingerprint=hash_parts(
             PACKING_VERSION,
             tokenizer.fingerprint,
@@ -68,6 +63,19 @@ def prepare_data(config: DataConfig, cache_dir: Path) -> PreparedData:
             *(document.content_hash for document in heldout_documents),
         ),
     )
+
+
+def _describe(source: str, documents: list[Document], train: PackedTokens, heldout: PackedTokens) -> str:
+    num_bytes, num_tokens = train.num_bytes + heldout.num_bytes, train.num_tokens + heldout.num_tokens
+    size = (
+        f"{format_bytes(num_bytes)}, {format_count(num_tokens)} tokens "
+        f"({num_bytes / num_tokens:.2f} bytes per token)"
+    )
+    if len({document.content_hash for document in documents}) == 1:
+        return (
+            f"{source}: {size}, one document: its last {100 * heldout.num_bytes / num_bytes:.2g} % held out"
+        )
+    return f"{source}: {len(documents)} documents, {size}, {heldout.num_documents} documents held out"
 
 
 def _train_cached(documents: list[Document], vocab_size: int, cache_dir: Path) -> Tokenizer:

@@ -90,6 +90,15 @@ class Tokenizer:
         """Returns the token ids of the text, without any special token."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Returns the token ids of trusted text, such as a rendered chat template, in which the names of special
+        tokens stand for those tokens."""
+        self._inner.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._inner.encode_special_tokens = True
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text, using all cores."""
         return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]

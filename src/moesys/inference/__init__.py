@@ -1,6 +1,6 @@
 """The one engine: steps over sequences with a KV cache, sampling, and text around it."""
 
-from moesys.inference.chat import ChatFormat
+from moesys.inference.chat import ChatFormat, ChatSession
 from moesys.inference.engine import Engine, SequenceStep
 from moesys.inference.generate import Generation, GenerationStats, generate
 from moesys.inference.sampling import SamplingParams
@@ -8,6 +8,7 @@ from moesys.inference.text import TextStream
 
 __all__ = [
     "ChatFormat",
+    "ChatSession",
     "Engine",
     "Generation",
     "GenerationStats",

@@ -1,9 +1,10 @@
-"""Conversations as prompts: a model's own chat template, run in a sandbox, or a plain transcript."""
+"""Conversations: as prompts through a model's own chat template, run in a sandbox, or a plain transcript; and as a
+session that answers line by line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -11,7 +12,11 @@ from typing import NamedTuple, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moesys.errors import ModelFormatError
+from moesys.data import Tokenizer
+from moesys.errors import GenerationError, ModelFormatError
+from moesys.inference.engine import Engine
+from moesys.inference.generate import Generation
+from moesys.inference.sampling import SamplingParams
 
 _MAX_TEMPLATE_CHARS = 65536
 
@@ -64,6 +69,70 @@ class ChatFormat:
             )
         except TemplateError as error:
             raise ModelFormatError(f"the chat template cannot render this conversation: {error}") from None
+
+
+class ChatSession:
+    """A conversation with a model that has its own memory of the turns."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        chat_format: ChatFormat,
+        sampling: SamplingParams,
+        max_new_tokens: int,
+        system: str | None = None,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._format = chat_format
+        self._sampling = sampling
+        self._max_new_tokens = max_new_tokens
+        self._messages = [] if system is None else [Message("system", system)]
+        self._last: Generation | None = None
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yields the assistant's turn in pieces; the turn joins the conversation when it is complete.
+
+        When the conversation outgrows the model's positions, its oldest turns are left out of the prompt.
+        """
+        turns = [*self._messages, Message("user", text)]
+        prompt_ids = self._fit_prompt(turns)
+        self._last = Generation(
+            self._engine,
+            self._tokenizer,
+            prompt_ids,
+            self._max_new_tokens,
+            self._sampling,
+            self._format.stop_strings,
+        )
+        pieces: list[str] = []
+        for piece in self._last:
+            pieces.append(piece)
+            yield piece
+        self._messages = [*turns, Message("assistant", "".join(pieces).strip())]
+
+    def describe_last(self) -> str:
+        """One line of figures on the last answer."""
+        return "" if self._last is None or self._last.stats is None else self._last.stats.describe()
+
+    def _fit_prompt(self, turns: list[Message]) -> list[int]:
+        limit = self._engine.model.config.max_positions - self._max_new_tokens
+        num_system = 1 if turns[0].role == "system" else 0
+        for first in range(num_system, len(turns), 2):
+            prompt_ids = self._encode(turns[:num_system] + turns[first:])
+            if len(prompt_ids) <= limit:
+                return prompt_ids
+        raise GenerationError(
+            f"the message needs {len(prompt_ids)} tokens and {self._max_new_tokens} are reserved for the answer, but "
+            f"the model was made for {self._engine.model.config.max_positions}; write less or lower --max-new-tokens"
+        )
+
+    def _encode(self, turns: list[Message]) -> list[int]:
+        prompt = self._format.render(turns)
+        if self._format.template is None:
+            return [self._tokenizer.end_of_text_id, *self._tokenizer.encode(prompt)]
+        return self._tokenizer.encode_with_special_tokens(prompt)
 
 
 def _raise(message: str) -> NoReturn:

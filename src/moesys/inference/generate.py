@@ -37,6 +37,13 @@ class GenerationStats:
         """New tokens after the first per second."""
         return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 and self.new_tokens > 1 else 0.0
 
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.prompt_tokens} prompt tokens in {self.prefill_s:.2f} s, {self.new_tokens} new tokens at "
+            f"{self.decode_tokens_per_s:.1f} tokens/s, ended by {self.finish_reason.replace('_', ' ')}"
+        )
+
 
 class Generation:
     """A generation in progress: iterate over it for pieces of text, then read ``stats``."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from moesys.data import HeldoutSet
+from moesys.data import HeldoutSet, Tokenizer, heldout_windows, load_documents, pack_documents, split_heldout
 from moesys.kernels import linear_cross_entropy
 from moesys.models import Decoder, DocumentAttend
 from moesys.moe import Execution
+
+_CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,26 @@ def evaluate(
         num_targets=heldout.num_targets,
         num_bytes=heldout.num_bytes,
     )
+
+
+def evaluate_text(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    source: str,
+    heldout_fraction: float | None,
+    stride: int | None,
+    max_tokens: int | None,
+    cache_dir: Path,
+) -> Evaluation:
+    """Scores the documents of a source (see ``data.source``).
+
+    heldout_fraction: score only the documents that training with this fraction holds out; None scores all.
+    stride: tokens by which windows advance, None for half the context. max_tokens: None scores everything.
+    """
+    documents = load_documents(source)
+    if heldout_fraction is not None:
+        _, documents = split_heldout(documents, heldout_fraction)
+    length = model.config.max_positions
+    packed = pack_documents(documents, tokenizer, cache_dir / "packed")
+    heldout = heldout_windows(packed, length, max(1, length // 2) if stride is None else stride, max_tokens)
+    return evaluate(model, heldout, model.make_resident_execution(), _CHUNK_TOKENS)

@@ -89,6 +89,10 @@ class RunDirectory:
         """Reads the tokenizer that the run was trained with."""
         return Tokenizer.load(self.tokenizer_folder)
 
+    def read_environment(self) -> dict[str, Any]:
+        """Reads what `describe_environment` gave when the run began."""
+        return json.loads(self.environment_file.read_text(encoding="utf-8"))
+
 
 def describe_environment(config: Config) -> dict[str, Any]:
     """Returns what a reader needs to reproduce a run: versions, git revision, seeds, hardware, command."""

@@ -38,6 +38,7 @@ from moesys.training.optimizer import MasterAdamW
 from moesys.training.run_directory import RunDirectory
 from moesys.training.schedule import compute_learning_rate
 from moesys.training.step import Objective, StepResult, TrainingStep
+from moesys.units import format_count
 
 # Settings that may change between a checkpoint and its resumption: they alter no weight.
 _FREE_KEYS = {
@@ -68,7 +69,7 @@ class Trainer:
         self.data = data
         self.step = 0
         """Optimizer steps done; skipped ones count."""
-        self._console = console
+        self.console = console
         self._device = select_device(config.runtime.device)
         self._dtype = compute_dtype(config)
         self.model = build_model(config, data.tokenizer.vocab_size)
@@ -115,6 +116,18 @@ class Trainer:
         trainer._restore(load_newest_checkpoint(run.checkpoints_folder, on_damage=console.warning))
         return trainer
 
+    def describe(self) -> list[str]:
+        """Returns lines for people: data, model, arithmetic, and where the run lies."""
+        config, moe = self.model.config, self.config.model
+        return [
+            self.data.description,
+            f"{format_count(self.model.count_parameters())} parameters, "
+            f"{format_count(config.num_matmul_parameters_per_token)} multiply each token: {config.num_layers} layers, "
+            f"hidden {config.hidden_size}, experts {moe.num_experts} top-{moe.top_k}",
+            f"{self.config.training.steps} steps of {self.tokens_per_step} tokens, {self.config.training.dtype}, "
+            f"{self._device}, {torch.get_num_threads()} threads; run in {self.run.path}",
+        ]
+
     @property
     def tokens_per_step(self) -> int:
         """Target tokens of one optimizer step."""
@@ -123,18 +136,13 @@ class Trainer:
     def train(self) -> Outcome:
         """Runs to the last step, or until interrupted. Saves at the end and when interrupted."""
         config = self.config.training
-        with self._open_sinks() as sinks, Interruption(self._console.warning) as interruption:
+        with self._open_sinks() as sinks, Interruption(self.console.warning) as interruption:
             log = _Log(self, sinks)
             while self.step < config.steps and not interruption.is_requested:
-                started = time.perf_counter()
-                batches = [self._load_batch(micro_batch) for micro_batch in range(self._loader.num_micro_batches)]
-                learning_rate = compute_learning_rate(config, self.step)
-                result = self._training_step.run(batches, learning_rate)
-                self._elapsed_s += time.perf_counter() - started
-                self.step += 1
-                self._guard(result, batches, log)
-                log.add(result, learning_rate, time.perf_counter() - started)
-                self._console.advance(self.step)
+                result = self.take_step()
+                log.add(result)
+                self._guard(result, log)
+                self.console.advance(self.step)
                 is_last = self.step == config.steps
                 if is_last or self.step % config.log_every == 0:
                     log.write()
@@ -148,6 +156,15 @@ class Trainer:
             evaluation = self.evaluate()
             log.write_evaluation(evaluation)
         return Outcome(self.step, is_finished=True, evaluation=evaluation)
+
+    def take_step(self) -> StepResult:
+        """Carries out one optimizer step on the next batch and returns its figures; writes nothing."""
+        started = time.perf_counter()
+        batches = [self._load_batch(self.step, i) for i in range(self._loader.num_micro_batches)]
+        result = self._training_step.run(batches, compute_learning_rate(self.config.training, self.step))
+        self._elapsed_s += time.perf_counter() - started
+        self.step += 1
+        return result
 
     def evaluate(self, max_tokens: int | None = None) -> Evaluation:
         """Scores held-out documents, each alone; ``max_tokens`` bounds how many, None takes all."""
@@ -186,7 +203,7 @@ class Trainer:
                 "restore the files, or start a new run"
             )
         if metadata["threads"] != torch.get_num_threads():
-            self._console.warning(
+            self.console.warning(
                 f"the run was saved with {metadata['threads']} threads and goes on with {torch.get_num_threads()}: "
                 "sums may differ in the last bits"
             )
@@ -199,10 +216,10 @@ class Trainer:
         with self._open_sinks() as sinks:
             _Log(self, sinks).write_event("resumed", f"resumed at step {self.step}")
 
-    def _load_batch(self, micro_batch: int) -> Batch:
-        return self._loader.load(self.step, micro_batch).to(self._device)
+    def _load_batch(self, step: int, micro_batch: int) -> Batch:
+        return self._loader.load(step, micro_batch).to(self._device)
 
-    def _guard(self, result: StepResult, batches: list[Batch], log: _Log) -> None:
+    def _guard(self, result: StepResult, log: _Log) -> None:
         """Counts steps that were skipped for NaN or Inf, and stops the run after too many in a row."""
         if result.is_finite:
             self._skipped_in_a_row = 0
@@ -215,7 +232,7 @@ class Trainer:
         )
         limit = self.config.training.max_skipped_steps
         if self._skipped_in_a_row >= limit:
-            place = find_first_nonfinite(self.model, batches[0], self.execution)
+            place = find_first_nonfinite(self.model, self._load_batch(self.step - 1, 0), self.execution)
             raise NonFiniteError(
                 f"loss or gradients were NaN or Inf in {limit} steps in a row (training.max_skipped_steps), up to "
                 f"step {self.step}; it began in {place}; lower training.learning_rate "
@@ -240,25 +257,22 @@ class _Log:
     def __init__(self, trainer: Trainer, sinks: list[MetricsSink]) -> None:
         self._trainer = trainer
         self._sinks = sinks
-        self._console = trainer._console
+        self.console = trainer.console
         self._results: list[StepResult] = []
-        self._seconds = 0.0
-        self._learning_rate = 0.0
+        self._started_s = trainer._elapsed_s
         self._flops_per_token = trainer.model.config.compute_training_flops_per_token(
             trainer.config.data.sequence_length
         )
         self._gemm_rate: float | None = None
 
-    def add(self, result: StepResult, learning_rate: float, seconds: float) -> None:
+    def add(self, result: StepResult) -> None:
         self._results.append(result)
-        self._learning_rate = learning_rate
-        self._seconds += seconds
 
     def write(self) -> None:
         """Writes the line of the steps added since the last one; skipped steps count in time and not in loss."""
         trainer = self._trainer
         load = trainer._meter.drain()
-        tokens_per_s = sum(result.num_targets for result in self._results) / self._seconds
+        tokens_per_s = sum(result.num_targets for result in self._results) / (trainer._elapsed_s - self._started_s)
         loss = self._mean("loss")
         metrics = TrainMetrics(
             step=trainer.step,
@@ -266,7 +280,7 @@ class _Log:
             elapsed_s=trainer._elapsed_s,
             loss=loss,
             bits_per_byte=loss / math.log(2) * trainer.data.train.num_tokens / trainer.data.train.num_bytes,
-            learning_rate=self._learning_rate,
+            learning_rate=compute_learning_rate(trainer.config.training, trainer.step - 1),
             gradient_norm=self._mean("gradient_norm"),
             tokens_per_s=tokens_per_s,
             gemm_share=self._flops_per_token * tokens_per_s / self._measure_gemm_rate(),
@@ -279,9 +293,9 @@ class _Log:
             router_confidence=load.confidence,
             dropped=load.dropped,
         )
-        self._results, self._seconds = [], 0.0
+        self._results, self._started_s = [], trainer._elapsed_s
         self._write(metrics)
-        self._console.show(metrics)
+        self.console.show(metrics)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         trainer = self._trainer
@@ -295,14 +309,14 @@ class _Log:
                 heldout_tokens=evaluation.num_targets,
             )
         )
-        self._console.message(
+        self.console.message(
             f"step {trainer.step}: held out {evaluation.bits_per_byte:.4f} bits/byte "
             f"(loss {evaluation.loss:.4f} over {evaluation.num_targets} tokens)"
         )
 
     def write_event(self, event: str, message: str) -> None:
         self._write(EventMetrics(self._trainer.step, self._trainer._elapsed_s, event, message))
-        (self._console.warning if event == "skipped_step" else self._console.message)(message)
+        (self.console.warning if event == "skipped_step" else self.console.message)(message)
 
     def _write(self, record: TrainMetrics | EvaluationMetrics | EventMetrics) -> None:
         for sink in self._sinks:

@@ -59,9 +59,7 @@ class _Experts(torch.autograd.Function):
         groups = list(_iterate_groups(rows, view))
         needs_backward = any(ctx.needs_input_grad)
         hidden_AF = x_RD.new_empty(rows.num_assignments if needs_backward else 0, gate_up_SFD.shape[1])
-        # Rows that no group computes must read as zero; otherwise every row is overwritten.
-        is_complete = view.covers_all
-        y_AD = (x_RD.new_empty if is_complete else x_RD.new_zeros)(rows.num_assignments, x_RD.shape[1])
+        y_AD = _new_rows(x_RD, rows, is_complete=view.covers_all)
         weights_A1 = weights_A.to(x_RD.dtype).unsqueeze(1)
         for slot, start, end in groups:
             x_ND = x_RD.index_select(0, rows.row_ids[start:end])
@@ -72,7 +70,7 @@ class _Experts(torch.autograd.Function):
             torch.mm(activation_NF, down_SDF[slot].t(), out=y_AD[start:end])
         if needs_backward:
             ctx.save_for_backward(x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF)
-            ctx.groups, ctx.rows, ctx.token_sum = groups, rows, token_sum
+            ctx.groups, ctx.rows, ctx.token_sum, ctx.is_complete = groups, rows, token_sum, view.covers_all
         return y_AD if token_sum is None else _sum_rows(y_AD, token_sum)
 
     @staticmethod
@@ -85,7 +83,7 @@ class _Experts(torch.autograd.Function):
         result_ids = None if token_sum is None else token_sum.compute_result_ids()
         weights_A1 = weights_A.to(x_RD.dtype).unsqueeze(1)
         grad_gate_up, grad_down = _BankGradient(gate_up_SFD, ctx.groups), _BankGradient(down_SDF, ctx.groups)
-        grad_x_AD = x_RD.new_zeros(rows.num_assignments, x_RD.shape[1])
+        grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete)
         grad_weights = torch.zeros_like(weights_A)
         for slot, start, end in ctx.groups:
             grad_y_ND = grad[start:end] if result_ids is None else grad.index_select(0, result_ids[start:end])
@@ -124,6 +122,12 @@ class _BankGradient:
         else:
             torch.mm(left, right, out=self.tensor[slot])
             self._written.add(slot)
+
+
+def _new_rows(x_RD: Tensor, rows: Rows, *, is_complete: bool) -> Tensor:
+    """Returns an (assignments, hidden) buffer; zeros unless the groups will write every row."""
+    shape = (rows.num_assignments, x_RD.shape[1])
+    return x_RD.new_empty(shape) if is_complete else x_RD.new_zeros(shape)
 
 
 def _invert(rows: Rows) -> TokenSum:

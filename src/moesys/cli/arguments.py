@@ -1,0 +1,52 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moesys.config import Config
+    from moesys.inference import SamplingParams
+
+ConfigArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="A TOML file and dotted overrides, such as model.num_experts=64.",
+        show_default=False,
+    ),
+]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder in Hugging Face layout.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")]
+Temperature = Annotated[float, typer.Option(help="Randomness; 0 always takes the most probable token.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.", show_default="all")]
+TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this probability.")]
+MinP = Annotated[float, typer.Option(help="Draw from tokens with this share of the largest probability.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: make tokens seen before less likely.")]
+Seed = Annotated[int, typer.Option(help="Equal seeds write equal text.")]
+StopStrings = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32 or bf16.", show_default="as stored")]
+
+
+def read_config(arguments: list[str] | None) -> Config:
+    """Builds the config from at most one file name and any number of KEY=VALUE."""
+    from moesys.config import load_config
+    from moesys.errors import ConfigError
+
+    files = [argument for argument in arguments or [] if "=" not in argument]
+    if len(files) > 1:
+        raise ConfigError(f"give one config file, got {len(files)}: {', '.join(files)}; overrides look like key=value")
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    return load_config(Path(files[0]) if files else None, overrides)
+
+
+def make_sampling(
+    temperature: float, top_k: int | None, top_p: float, min_p: float, repetition_penalty: float, seed: int
+) -> SamplingParams:
+    """Collects the sampling options; raises `GenerationError` for one out of range or without effect."""
+    from moesys.inference import SamplingParams
+
+    return SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)

@@ -1,0 +1,63 @@
+"""``moesys chat``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from moesys.cli.arguments import (
+    Dtype,
+    MaxNewTokens,
+    MinP,
+    ModelArgument,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    make_sampling,
+)
+
+
+def chat(
+    model: ModelArgument,
+    system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends.
+
+    A model without a chat template sees a plain transcript of `User:` and `Assistant:` turns.
+
+    Example: `moesys chat runs/demo/export --temperature 0.7`
+    """
+    from moesys.checkpoint import load_text_model
+    from moesys.inference import ChatFormat, ChatSession, Engine
+
+    sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    loaded = load_text_model(model, dtype)
+    chat_format = ChatFormat.load(model)
+    if chat_format.template is None:
+        print("this model has no chat template: it sees a transcript of User: and Assistant: turns", file=sys.stderr)
+    session = ChatSession(Engine(loaded.decoder), loaded.tokenizer, chat_format, sampling, max_new_tokens, system)
+    while line := _read_line():
+        for piece in session.answer(line):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        print(session.describe_last(), file=sys.stderr)
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,50 @@
+"""``moesys eval``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from moesys.cli.arguments import Dtype, ModelArgument
+
+
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help="stdlib, a file, a folder, or hf:NAME.")] = "stdlib",
+    heldout_fraction: Annotated[
+        float | None,
+        typer.Option(help="Score only what training with this data.heldout_fraction keeps away.", show_default="all"),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens by which windows advance.", show_default="half the context")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Score at most this many.", show_default="all")] = None,
+    dtype: Dtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure loss and bits per byte on held-out text, each document seen alone.
+
+    Without options it scores the held-out files of the default corpus.
+
+    Example: `moesys eval runs/demo/export --data README.md`
+    """
+    from dataclasses import asdict
+
+    from moesys.checkpoint import load_text_model
+    from moesys.config import DataConfig
+    from moesys.env import read_cache_dir
+    from moesys.training import evaluate_text
+
+    if data == "stdlib" and heldout_fraction is None:
+        heldout_fraction = DataConfig().heldout_fraction
+    loaded = load_text_model(model, dtype)
+    evaluation = evaluate_text(loaded.decoder, loaded.tokenizer, data, heldout_fraction, stride, max_tokens, read_cache_dir())
+    if as_json:
+        print(json.dumps(asdict(evaluation)))
+        return
+    print(
+        f"{evaluation.bits_per_byte:.4f} bits/byte, loss {evaluation.loss:.4f} nats/token "
+        f"({evaluation.num_targets} tokens, {evaluation.num_bytes} bytes)"
+    )

@@ -1,0 +1,99 @@
+"""Law 9: every rule of the table fires for a key that was set, and only for one that was set."""
+
+from __future__ import annotations
+
+import pytest
+
+from moesys.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RuntimeConfig,
+    TrainingConfig,
+    check_effects,
+    load_config,
+)
+from moesys.config.effects import RULES, Rule, find_idle_rules
+from moesys.config.load import list_keys
+from moesys.errors import IneffectiveOptionError
+
+NO_EXPERTS = "model.num_experts=0"
+
+IDLE: dict[str, list[str]] = {
+    "model.top_k": [NO_EXPERTS, "model.top_k=1"],
+    "model.expert_intermediate_size": ["model.num_experts=[0, 0]", "model.expert_intermediate_size=8"],
+    "model.shared_expert_intermediate_size": [NO_EXPERTS, "model.shared_expert_intermediate_size=8"],
+    "model.normalize_top_k": [NO_EXPERTS, "model.normalize_top_k=false"],
+    "training.balance_loss": [NO_EXPERTS, "training.balance_loss=0.1"],
+    "training.router_z_loss": [NO_EXPERTS, "training.router_z_loss=0.1"],
+    "runtime.kernel": [NO_EXPERTS, "runtime.kernel=reference"],
+    "model.intermediate_size": ["model.num_experts=[4, 8]", "model.intermediate_size=8"],
+    "model.sliding_window": ["model.sliding_window=256", "data.sequence_length=256"],
+    "data.vocab_size": ["data.tokenizer=t.json", "data.vocab_size=300"],
+    "data.format": ["data.format=text"],
+    "data.text_field": ["data.source=folder", "data.format=text", "data.text_field=body"],
+    "training.decay_fraction": ["training.decay_fraction=0.5"],
+    "training.evaluate_tokens": ["training.evaluate_tokens=100"],
+    "training.evaluate_every": ["training.steps=100", "training.evaluate_every=101"],
+    "training.checkpoint_every": ["training.steps=100", "training.checkpoint_every=101"],
+    "runtime.threads": ["runtime.device=cuda", "runtime.threads=2"],
+}
+"""For each key, overrides with which it is set and idle; the key's own override is the last that names it."""
+
+EFFECTIVE: dict[str, list[str]] = {
+    **{
+        key: ["model.num_experts=[0, 4]", *IDLE[key][1:]]
+        for key in IDLE
+        if IDLE[key][0].startswith("model.num_experts=")
+    },
+    "model.sliding_window": ["model.sliding_window=255", "data.sequence_length=256"],
+    "data.vocab_size": ["data.vocab_size=300"],
+    "data.format": ["data.source=folder", "data.format=text"],
+    "data.text_field": ["data.source=hf:a/b", "data.text_field=body"],
+    "training.decay_fraction": ["training.schedule=wsd", "training.decay_fraction=0.5"],
+    "training.evaluate_tokens": ["training.evaluate_every=5", "training.evaluate_tokens=100"],
+    "training.evaluate_every": ["training.steps=100", "training.evaluate_every=100"],
+    "training.checkpoint_every": ["training.steps=100", "training.checkpoint_every=100"],
+    "runtime.threads": ["runtime.threads=2"],
+}
+
+
+def test_every_rule_has_its_cases() -> None:
+    keys = [rule.key for rule in RULES]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == set(IDLE) == set(EFFECTIVE)
+    assert set(keys) <= set(list_keys())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.key)
+def test_rule_fires_where_the_key_is_set_and_idle(rule: Rule) -> None:
+    with pytest.raises(IneffectiveOptionError) as caught:
+        load_config(overrides=IDLE[rule.key])
+    assert f"{rule.key} has no effect: {rule.reason}" in str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.key)
+def test_rule_is_silent_where_the_key_has_an_effect(rule: Rule) -> None:
+    load_config(overrides=EFFECTIVE[rule.key])
+
+
+@pytest.mark.parametrize(
+    "rule", [rule for rule in RULES if rule.key != "model.sliding_window"], ids=lambda r: r.key
+)
+def test_rule_is_silent_where_the_key_was_not_set(rule: Rule) -> None:
+    overrides = [o for o in IDLE[rule.key] if not o.startswith(f"{rule.key}=")]
+    config = load_config(overrides=overrides)
+    is_idle_by_default = rule.key not in ("training.evaluate_every", "training.checkpoint_every")
+    assert (rule in find_idle_rules(config)) is is_idle_by_default
+
+
+def test_a_config_built_in_python_is_judged_by_what_was_set() -> None:
+    check_effects(Config(model=ModelConfig(num_experts=0)))
+    with pytest.raises(IneffectiveOptionError, match=r"model.top_k has no effect"):
+        check_effects(Config(model=ModelConfig(num_experts=0, top_k=2)))
+    with pytest.raises(IneffectiveOptionError, match=r"runtime.threads has no effect"):
+        check_effects(
+            Config(
+                runtime=RuntimeConfig(device="cuda", threads=1), data=DataConfig(), training=TrainingConfig()
+            )
+        )

@@ -1,0 +1,70 @@
+"""The schema: names that must not change unnoticed, meanings, limits, derived numbers."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from moesys.config import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainingConfig
+from moesys.config.load import list_keys
+
+KEYS = {
+    "model": "hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size num_experts top_k "
+    "expert_intermediate_size shared_expert_intermediate_size normalize_top_k qk_norm attention_bias "
+    "sliding_window rope_theta norm_epsilon tie_embeddings init_std",
+    "data": "source format text_field tokenizer vocab_size sequence_length heldout_fraction "
+    "attend_across_documents seed",
+    "training": "steps batch_sequences micro_batch_sequences learning_rate final_learning_rate_ratio "
+    "schedule warmup_steps decay_fraction weight_decay beta1 beta2 epsilon gradient_clip balance_loss "
+    "router_z_loss dtype seed log_every evaluate_every evaluate_tokens checkpoint_every keep_checkpoints "
+    "max_skipped_steps",
+    "memory": "activation_checkpointing loss_chunk_tokens",
+    "runtime": "device threads kernel tensorboard",
+}
+"""Users' files hold these. Renaming or removing one breaks them: do it on purpose, with a changelog line."""
+
+SECTIONS = [Config, ModelConfig, DataConfig, TrainingConfig, MemoryConfig, RuntimeConfig]
+
+
+def test_public_keys_are_frozen() -> None:
+    expected = [f"{section}.{leaf}" for section, leaves in KEYS.items() for leaf in leaves.split()]
+    assert list(list_keys()) == expected
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
+def test_every_section_and_field_says_what_it_means(section: type[Config]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        assert field.description, name
+        assert field.description.rstrip().endswith("."), name
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
+def test_sections_are_frozen_and_know_their_keys(section: type[Config]) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        section.model_validate({"nonsense": 1})
+    name = next(iter(section.model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(section(), name, getattr(section(), name))
+
+
+def test_json_schema_carries_defaults_and_meanings() -> None:
+    model = Config.model_json_schema()["$defs"]["ModelConfig"]["properties"]
+    assert model["top_k"]["default"] == 2
+    assert model["top_k"]["description"] == "Experts that compute each token."
+
+
+def test_derived_numbers() -> None:
+    model = ModelConfig(num_experts=[0, 8], num_layers=6)
+    assert model.experts_per_layer == (0, 8, 0, 8, 0, 8)
+    assert ModelConfig(num_experts=4, num_layers=2).experts_per_layer == (4, 4)
+    assert (model.resolved_head_dim, model.resolved_num_kv_heads) == (64, 4)
+    assert ModelConfig(head_dim=10, hidden_size=9, num_kv_heads=2).resolved_head_dim == 10
+    assert ModelConfig(num_kv_heads=2).resolved_num_kv_heads == 2
+    assert TrainingConfig(batch_sequences=6).resolved_micro_batch == 6
+    assert TrainingConfig(batch_sequences=6, micro_batch_sequences=2).resolved_micro_batch == 2
+
+
+def test_top_k_may_equal_the_smallest_layer() -> None:
+    assert ModelConfig(num_experts=[0, 4, 0, 16], top_k=4).top_k == 4
+    assert ModelConfig(num_experts=0, top_k=64).experts_per_layer == (0, 0, 0, 0)

@@ -1,0 +1,21 @@
+"""Shared by all tests: one thread, so that tests neither fight for cores nor depend on how many there are."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests share one cache folder of their own and never touch the user's."""
+    monkeypatch.setenv("MOESYS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,68 @@
+"""Telemetry against figures computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fake_seams import make_routing
+
+from moesys.moe import ExpertLoad, LoadMeter
+
+
+def test_figures_of_two_layers() -> None:
+    meter = LoadMeter()
+    certain = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 2)
+    undecided = torch.full((2, 4), 0.25)
+    meter.add(
+        {
+            3: make_routing([[0, 1], [0, 2]], 4, scores_TE=certain),
+            1: make_routing([[0], [1]], 2, scores_TE=None),
+        }
+    )
+    meter.add({3: make_routing([[0, 1], [3, 0]], 4, scores_TE=undecided, dropped=[False, True, True, False])})
+    load = meter.drain()
+    assert load.layer_ids == [1, 3]
+    assert load.expert_tokens == [[1, 1], [4, 2, 1, 1]]
+    assert load.imbalance == pytest.approx((1.0 + 4 / (8 / 4)) / 2)
+    assert load.entropy == pytest.approx((0 + (0 + 0 + 1 + 1) / 4) / 2)
+    assert load.confidence == pytest.approx((0 + (1 + 1 + 0.25 + 0.25) / 4) / 2)
+    assert load.dropped == 2
+
+
+def test_entropy_of_uneven_scores() -> None:
+    meter = LoadMeter()
+    meter.add({0: make_routing([[0]], 3, scores_TE=torch.tensor([[0.5, 0.3, 0.2]]))})
+    expected = -sum(p * math.log(p) for p in (0.5, 0.3, 0.2)) / math.log(3)
+    assert meter.drain().entropy == pytest.approx(expected, rel=1e-6)
+
+
+def test_drain_starts_anew() -> None:
+    meter = LoadMeter()
+    meter.add({0: make_routing([[0], [0]], 2, dropped=[True, False])})
+    meter.drain()
+    assert meter.drain() == ExpertLoad([], [], 0.0, 0.0, 0.0, 0)
+    meter.add({0: make_routing([[1]], 2)})
+    assert meter.drain().expert_tokens == [[0, 1]]
+
+
+def test_a_layer_without_tokens_and_a_layer_of_one_expert() -> None:
+    meter = LoadMeter()
+    meter.add(
+        {
+            0: make_routing([], 3, scores_TE=torch.zeros(0, 3)),
+            1: make_routing([[0]], 1, scores_TE=torch.ones(1, 1)),
+        }
+    )
+    load = meter.drain()
+    assert load.expert_tokens == [[0, 0, 0], [1]]
+    assert load.entropy == 0.0
+    assert load.imbalance == 0.5
+
+
+def test_statistics_keep_no_graph() -> None:
+    scores = torch.full((1, 2), 0.5, requires_grad=True)
+    meter = LoadMeter()
+    meter.add({0: make_routing([[0]], 2, scores_TE=scores.softmax(-1))})
+    assert meter.drain().confidence == pytest.approx(0.5)
