@@ -64,7 +64,9 @@ def main() -> int:
     config = load_config(HERE / "demo.toml", options.overrides)
     compressed = compress_heldout(config)
     config, tokens_per_s = fit_steps(config, options.minutes * 60)
-    print(f"{tokens_per_s:.0f} tokens/s here, so {config.training.steps} steps fit {options.minutes:g} minutes")
+    print(
+        f"{tokens_per_s:.0f} tokens/s here, so {config.training.steps} steps fit {options.minutes:g} minutes"
+    )
 
     with open_console(config.training.steps, sys.stdout) as console:
         trainer = Trainer.start(config, run, console)
@@ -200,9 +202,13 @@ def print_outcome(
 
 def judge(bits_per_byte: float, tokens: int, goal: float) -> str:
     """Prints the claim; runs too short for the floor are shown and not judged."""
-    verdict = "skipped" if tokens < JUDGED_TOKENS else "ok" if bits_per_byte <= FLOOR_BITS_PER_BYTE else "short"
+    verdict = (
+        "skipped" if tokens < JUDGED_TOKENS else "ok" if bits_per_byte <= FLOOR_BITS_PER_BYTE else "short"
+    )
     reason = f" fewer than {JUDGED_TOKENS} training tokens" if verdict == "skipped" else ""
-    print(f"claim demo_bits_per_byte value={bits_per_byte:.3f} floor={FLOOR_BITS_PER_BYTE} goal={goal:.3f} {verdict}{reason}")
+    print(
+        f"claim demo_bits_per_byte value={bits_per_byte:.3f} floor={FLOOR_BITS_PER_BYTE} goal={goal:.3f} {verdict}{reason}"
+    )
     return verdict
 
 

@@ -42,7 +42,9 @@ def iterate_functions(path: Path) -> Iterator[Function]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             arguments = node.args
             names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-            statements = [s for s in node.body if not isinstance(s, ast.Expr) or not isinstance(s.value, ast.Constant)]
+            statements = [
+                s for s in node.body if not isinstance(s, ast.Expr) or not isinstance(s.value, ast.Constant)
+            ]
             yield Function(
                 room=find_room(path),
                 place=f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}",
@@ -87,7 +89,11 @@ def print_imports() -> None:
         graph.squash_module(room)
     print("\nimports between rooms:")
     for room in rooms:
-        imported = sorted(m.removeprefix("moesys.") for m in graph.find_modules_directly_imported_by(room) if m not in ("moesys", room))
+        imported = sorted(
+            m.removeprefix("moesys.")
+            for m in graph.find_modules_directly_imported_by(room)
+            if m not in ("moesys", room)
+        )
         print(f"  {room.removeprefix('moesys.'):12s} -> {', '.join(imported) or '-'}")
 
 

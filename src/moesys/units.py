@@ -9,18 +9,22 @@ def format_bytes(num_bytes: float) -> str:
     """Returns a size in binary units, for example ``1.5 GiB``."""
     value = float(num_bytes)
     for unit in _BINARY_STEPS[:-1]:
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        text = f"{value:.0f}" if unit == "B" else f"{value:.1f}"
+        if abs(float(text)) < 1024:
+            return f"{text} {unit}"
         value /= 1024
     return f"{value:.1f} {_BINARY_STEPS[-1]}"
 
 
 def format_count(count: float) -> str:
     """Returns a count with a decimal suffix, for example ``15.8M``."""
-    for bound, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(count) >= bound:
-            return f"{count / bound:.1f}{suffix}"
-    return f"{count:.0f}"
+    value = float(count)
+    for suffix in ("", "K", "M"):
+        text = f"{value:.1f}" if suffix else f"{value:.0f}"
+        if abs(float(text)) < 1000:
+            return f"{text}{suffix}"
+        value /= 1000
+    return f"{value:.1f}B"
 
 
 def format_duration(seconds: float) -> str:

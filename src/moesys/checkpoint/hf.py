@@ -51,7 +51,9 @@ def load_model(
     try:
         config = family.read_config(keys)
     except KeyError as error:
-        raise ModelFormatError(f"{folder / 'config.json'} lacks the key {error} that a {family.model_type} needs") from None
+        raise ModelFormatError(
+            f"{folder / 'config.json'} lacks the key {error} that a {family.model_type} needs"
+        ) from None
     with torch.device("meta"):
         model = Decoder(config)
     _materialise(model, dtype or _read_dtype(keys))
@@ -84,7 +86,9 @@ def save_model(
     ]  # fmt: skip
     written = {}
     for name, shard in zip(names, shards, strict=True):
-        written[name] = write_safetensors(folder / name, shard, dtype=dtype, metadata={"format": "pt"}, files=files)
+        written[name] = write_safetensors(
+            folder / name, shard, dtype=dtype, metadata={"format": "pt"}, files=files
+        )
     if len(shards) > 1:
         written[INDEX_NAME] = _write_index(folder, names, shards, dtype, files)
     keys = {
@@ -104,11 +108,15 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelFormatError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
     if (folder / "config.toml").exists() and not path.exists():
-        raise ModelFormatError(f"{folder} is a training run; export it first: moesys export {folder} --to DIR")
+        raise ModelFormatError(
+            f"{folder} is a training run; export it first: moesys export {folder} --to DIR"
+        )
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelFormatError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from None
+        raise ModelFormatError(
+            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelFormatError(f"{path} is not JSON: {error}") from None
     if not isinstance(keys, dict):
@@ -124,14 +132,18 @@ def find_family(keys: Mapping[str, Any]) -> Family:
         return FAMILIES[supported.index(model_type)]
     nearest = difflib.get_close_matches(model_type, supported, n=1)
     hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
-    raise ModelFormatError(f"model_type {model_type!r} is not supported (supported: {', '.join(supported)}){hint}")
+    raise ModelFormatError(
+        f"model_type {model_type!r} is not supported (supported: {', '.join(supported)}){hint}"
+    )
 
 
 def _read_dtype(keys: Mapping[str, Any]) -> torch.dtype:
     name = keys.get("dtype") or keys.get("torch_dtype") or "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
     if name not in dtypes:
-        raise ModelFormatError(f"dtype {name!r} in config.json is not supported (supported: {', '.join(dtypes)})")
+        raise ModelFormatError(
+            f"dtype {name!r} in config.json is not supported (supported: {', '.join(dtypes)})"
+        )
     return dtypes[name]
 
 
@@ -140,7 +152,11 @@ def _materialise(model: Decoder, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kept = torch.float32 if name == "weight_ED" else dtype
-            setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False))
+            setattr(
+                module,
+                name,
+                torch.nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False),
+            )
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -178,7 +194,9 @@ def _check_names(folder: Path, tensors: Mapping[str, Any], expected: set[str], *
 def _copy_tensor(name: str, handle: Any, view: Tensor) -> None:
     source: Tensor = handle.get_tensor(name)
     if source.shape != view.shape:
-        raise ModelFormatError(f"{name} has shape {tuple(source.shape)}, config.json asks for {tuple(view.shape)}")
+        raise ModelFormatError(
+            f"{name} has shape {tuple(source.shape)}, config.json asks for {tuple(view.shape)}"
+        )
     view.copy_(source)
 
 
@@ -200,7 +218,9 @@ def _write_index(
 ) -> WrittenFile:
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.numel() * dtype.itemsize for shard in shards for tensor in shard.values())
-    return _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}, files)
+    return _write_json(
+        folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}, files
+    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any], files: FileSystem) -> WrittenFile:

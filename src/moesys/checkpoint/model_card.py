@@ -86,6 +86,7 @@ A Mixture-of-Experts language model in the layout of `{self.architecture}`. It l
             return "" if value is None else f"{value:.4f}"
 
         rows = "\n".join(
-            f"| {p.step} | {p.tokens:,} | {text(p.bits_per_byte)} | {text(p.heldout_bits_per_byte)} |" for p in self.curve
+            f"| {p.step} | {p.tokens:,} | {text(p.bits_per_byte)} | {text(p.heldout_bits_per_byte)} |"
+            for p in self.curve
         )
         return f"| step | tokens | training bits/byte | held-out bits/byte |\n|---|---|---|---|\n{rows}"

@@ -19,7 +19,9 @@ ConfigArguments = Annotated[
         show_default=False,
     ),
 ]
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder in Hugging Face layout.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A model folder in Hugging Face layout.")
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option(help="Randomness; 0 always takes the most probable token.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.", show_default="all")]
@@ -27,7 +29,9 @@ TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens th
 MinP = Annotated[float, typer.Option(help="Draw from tokens with this share of the largest probability.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: make tokens seen before less likely.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds write equal text.")]
-StopStrings = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")]
+StopStrings = Annotated[
+    list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
+]
 Dtype = Annotated[str | None, typer.Option(help="fp32 or bf16.", show_default="as stored")]
 
 
@@ -38,7 +42,9 @@ def read_config(arguments: list[str] | None) -> Config:
 
     files = [argument for argument in arguments or [] if "=" not in argument]
     if len(files) > 1:
-        raise ConfigError(f"give one config file, got {len(files)}: {', '.join(files)}; overrides look like key=value")
+        raise ConfigError(
+            f"give one config file, got {len(files)}: {', '.join(files)}; overrides look like key=value"
+        )
     overrides = [argument for argument in arguments or [] if "=" in argument]
     return load_config(Path(files[0]) if files else None, overrides)
 

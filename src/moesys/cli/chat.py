@@ -46,8 +46,13 @@ def chat(
     loaded = load_text_model(model, dtype)
     chat_format = ChatFormat.load(model)
     if chat_format.template is None:
-        print("this model has no chat template: it sees a transcript of User: and Assistant: turns", file=sys.stderr)
-    session = ChatSession(Engine(loaded.decoder), loaded.tokenizer, chat_format, sampling, max_new_tokens, system)
+        print(
+            "this model has no chat template: it sees a transcript of User: and Assistant: turns",
+            file=sys.stderr,
+        )
+    session = ChatSession(
+        Engine(loaded.decoder), loaded.tokenizer, chat_format, sampling, max_new_tokens, system
+    )
     while line := _read_line():
         for piece in session.answer(line):
             sys.stdout.write(piece)

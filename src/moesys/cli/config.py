@@ -9,7 +9,9 @@ import typer
 
 from moesys.cli.arguments import ConfigArguments, read_config
 
-config_app = typer.Typer(help="Show a resolved configuration, or the schema of all keys.", no_args_is_help=True)
+config_app = typer.Typer(
+    help="Show a resolved configuration, or the schema of all keys.", no_args_is_help=True
+)
 
 
 @config_app.command()

@@ -15,12 +15,16 @@ def evaluate(
     data: Annotated[str, typer.Option(help="stdlib, a file, a folder, or hf:NAME.")] = "stdlib",
     heldout_fraction: Annotated[
         float | None,
-        typer.Option(help="Score only what training with this data.heldout_fraction keeps away.", show_default="all"),
+        typer.Option(
+            help="Score only what training with this data.heldout_fraction keeps away.", show_default="all"
+        ),
     ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens by which windows advance.", show_default="half the context")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Score at most this many.", show_default="all")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Score at most this many.", show_default="all")
+    ] = None,
     dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -40,7 +44,9 @@ def evaluate(
     if data == "stdlib" and heldout_fraction is None:
         heldout_fraction = DataConfig().heldout_fraction
     loaded = load_text_model(model, dtype)
-    evaluation = evaluate_text(loaded.decoder, loaded.tokenizer, data, heldout_fraction, stride, max_tokens, read_cache_dir())
+    evaluation = evaluate_text(
+        loaded.decoder, loaded.tokenizer, data, heldout_fraction, stride, max_tokens, read_cache_dir()
+    )
     if as_json:
         print(json.dumps(asdict(evaluation)))
         return

@@ -43,11 +43,7 @@ def parse_overrides(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
         if not separator or not key:
             raise ConfigError(f"an override must look like section.key=value, got {override!r}; "
                               "for example model.num_experts=64")  # fmt: skip
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        yield key.strip(), value
+        yield key.strip(), _parse_value(text)
 
 
 def dump_toml(config: Config) -> str:
@@ -71,11 +67,21 @@ def list_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str
             yield f"{prefix}{name}"
 
 
+def _parse_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"the config file {path} does not exist; give a TOML file, or dotted overrides alone") from None
+        raise ConfigError(
+            f"the config file {path} does not exist; give a TOML file, or dotted overrides alone"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
     except OSError as error:
@@ -101,17 +107,21 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
 
 def _flatten(tree: Mapping[str, Any], sections: set[str]) -> Iterator[str]:
     for name, value in tree.items():
-        if name in sections and isinstance(value, Mapping):
+        if isinstance(value, Mapping):
             yield from (f"{name}.{key}" for key in value)
+        elif name in sections:
+            raise ConfigError(
+                f"{name!r} is a section and cannot be set to {value!r}; set its keys: {name}.KEY=VALUE"
+            )
         else:
             yield name
 
 
 def _unknown_message(key: str, known: set[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    leaf = key.rsplit(".", 1)[-1]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in sorted(known)}
+    nearest = [by_leaf[leaf]] if leaf in by_leaf else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not nearest:
-        leaf = key.rsplit(".", 1)[-1]
-        by_leaf = {name.rsplit(".", 1)[-1]: name for name in sorted(known)}
         nearest = [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
     hint = f"did you mean {nearest[0]!r}?" if nearest else "`moesys config schema` lists all keys"
     return f"unknown key {key!r}; {hint}"

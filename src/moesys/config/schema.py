@@ -17,7 +17,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """Base of every section: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -126,7 +128,7 @@ class DataConfig(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per training sequence."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents kept away from training, chosen by content hash."""
+    """Share of the documents kept away from training, chosen by content hash; of a single document, its tail."""
     attend_across_documents: bool = False
     """Whether tokens may attend to earlier documents packed into the same sequence."""
     seed: int = 0
@@ -160,8 +162,8 @@ class TrainingConfig(Section):
     """AdamW's decay of the second moment."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's term in the denominator."""
-    gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest global gradient norm; None never clips."""
+    gradient_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 never clips."""
     balance_loss: Annotated[float, Field(ge=0)] = 0.01
     """Coefficient of the expert load-balance loss, averaged over MoE layers."""
     router_z_loss: Annotated[float, Field(ge=0)] = 0.001

@@ -47,7 +47,9 @@ class ChatFormat:
         path = folder / "tokenizer_config.json"
         keys = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         standalone = folder / "chat_template.jinja"
-        template = standalone.read_text(encoding="utf-8") if standalone.exists() else keys.get("chat_template")
+        template = (
+            standalone.read_text(encoding="utf-8") if standalone.exists() else keys.get("chat_template")
+        )
         if template is not None and (not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARS):
             raise ModelFormatError(
                 f"the chat template of {folder} must be one text of at most {_MAX_TEMPLATE_CHARS} characters"

@@ -89,7 +89,9 @@ class Engine:
         for step in steps:
             cache = self._caches.get(step.sequence_id)
             if cache is None:
-                raise GenerationError(f"sequence {step.sequence_id} is not open; open ones: {sorted(self._caches)}")
+                raise GenerationError(
+                    f"sequence {step.sequence_id} is not open; open ones: {sorted(self._caches)}"
+                )
             _check_step(step, cache, self.model.config.vocab_size)
             spans.append(Span(cache, start, start + len(step.token_ids), step.start))
             start += len(step.token_ids)

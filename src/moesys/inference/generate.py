@@ -121,4 +121,6 @@ def generate(
 ) -> Generation:
     """Continues a text as if it were the beginning of a document. Iterate over the result for pieces of text."""
     prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
-    return Generation(engine, tokenizer, prompt_ids, max_new_tokens, sampling or SamplingParams(), stop_strings)
+    return Generation(
+        engine, tokenizer, prompt_ids, max_new_tokens, sampling or SamplingParams(), stop_strings
+    )

@@ -15,7 +15,12 @@ class SequenceCache:
     """The keys and values of one sequence: fixed storage for ``capacity`` tokens, allocated once."""
 
     def __init__(
-        self, num_layers: int, config: AttentionConfig, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_layers: int,
+        config: AttentionConfig,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (num_layers, config.num_kv_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)

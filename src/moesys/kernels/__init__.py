@@ -6,7 +6,15 @@ F inner width of an expert, K choices, R rows, S slots or sequence, T tokens, V 
 """
 
 from moesys.kernels.cross_entropy import linear_cross_entropy
-from moesys.kernels.experts import BankView, Kernel, Rows, TokenSum, compute_experts, compute_experts_summed
+from moesys.kernels.experts import (
+    BankView,
+    Kernel,
+    Rows,
+    TokenSum,
+    compute_experts,
+    compute_experts_summed,
+    sum_rows,
+)
 
 __all__ = [
     "BankView",
@@ -16,4 +24,5 @@ __all__ = [
     "compute_experts",
     "compute_experts_summed",
     "linear_cross_entropy",
+    "sum_rows",
 ]

@@ -76,7 +76,9 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None)
     length = q.shape[1]
     if sliding_window is None or sliding_window >= length:
         return _attend_masked(q, k, v, None)
-    return _attend_masked(q, k, v, _make_additive(make_causal_mask(length, sliding_window, q.device), q.dtype))
+    return _attend_masked(
+        q, k, v, _make_additive(make_causal_mask(length, sliding_window, q.device), q.dtype)
+    )
 
 
 def make_causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
@@ -103,4 +105,6 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
 
 
 def _make_additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, float("-inf")
+    )

@@ -25,7 +25,9 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ShapeError(f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})")
+            raise ShapeError(
+                f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})"
+            )
         if self.head_dim % 2:
             raise ShapeError(f"head_dim ({self.head_dim}) must be even for the rotary embedding")
 
@@ -74,7 +76,10 @@ class DecoderConfig:
         """
         a = self.attention
         seen = context if a.sliding_window is None else min(context, 2 * a.sliding_window)
-        return 6.0 * self.num_matmul_parameters_per_token + 6.0 * self.num_layers * a.num_heads * a.head_dim * seen
+        return (
+            6.0 * self.num_matmul_parameters_per_token
+            + 6.0 * self.num_layers * a.num_heads * a.head_dim * seen
+        )
 
 
 def _count_active_weights(layer: MoEConfig | DenseConfig, hidden_size: int) -> int:

@@ -67,7 +67,9 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer_id) for layer_id in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
 
     def forward(
         self, token_ids_BS: Tensor, positions_BS: Tensor, attend: Attend, execution: Execution | None = None
@@ -75,7 +77,9 @@ class Decoder(nn.Module):
         """Runs (batch, sequence) int64 tokens at their positions; without an `Execution` everything is resident."""
         if execution is None:
             execution = self.make_resident_execution()
-        rotation = compute_rotation(positions_BS, self.config.attention.head_dim, self.config.attention.rope_theta)
+        rotation = compute_rotation(
+            positions_BS, self.config.attention.head_dim, self.config.attention.rope_theta
+        )
         x_BSD = self.embedding(token_ids_BS)
         routings: dict[int, Routing] = {}
         run_block = _run_recomputed if execution.recompute else _run

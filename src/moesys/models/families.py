@@ -98,7 +98,9 @@ def _iterate_swiglu(names: FeedForwardNames, gate_up: Tensor, down: Tensor) -> I
     yield f"{names.down}.weight", down
 
 
-def _read_common(keys: Mapping[str, Any], feed_forwards: tuple[MoEConfig | DenseConfig, ...], **attention: Any) -> DecoderConfig:
+def _read_common(
+    keys: Mapping[str, Any], feed_forwards: tuple[MoEConfig | DenseConfig, ...], **attention: Any
+) -> DecoderConfig:
     rope = keys.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ModelFormatError(
@@ -157,7 +159,8 @@ def _read_qwen3_moe(keys: Mapping[str, Any]) -> DecoderConfig:
     return _read_common(
         keys,
         tuple(
-            dense if i in dense_ids or (i + 1) % sparse_step else moe for i in range(keys["num_hidden_layers"])
+            dense if i in dense_ids or (i + 1) % sparse_step else moe
+            for i in range(keys["num_hidden_layers"])
         ),
         qk_norm=True,
         qkv_bias=keys.get("attention_bias", False),
@@ -233,7 +236,9 @@ def _find_common_misfits(config: DecoderConfig) -> list[str]:
         misfits.append("it has MoE layers, the model has none (model.num_experts = 0)")
     if len(shapes) > 1:
         counts = sorted({shape.num_experts for shape in shapes})
-        misfits.append(f"its MoE layers all have the same shape, the model's have {counts} experts (model.num_experts)")
+        misfits.append(
+            f"its MoE layers all have the same shape, the model's have {counts} experts (model.num_experts)"
+        )
     if any(shape.shared_intermediate_size for shape in shapes):
         misfits.append("it has no shared expert (model.shared_expert_intermediate_size)")
     return misfits

@@ -66,7 +66,8 @@ class LocalDispatcher:
             ),
             weights_A=routing.weights[order],
             token_sum=TokenSum(
-                positions=positions if routing.dropped is None else positions[positions >= 0], offsets=token_offsets
+                positions=positions if routing.dropped is None else positions[positions >= 0],
+                offsets=token_offsets,
             ),
         )
 

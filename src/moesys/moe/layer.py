@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.errors import ShapeError
-from moesys.kernels import TokenSum, compute_experts, compute_experts_summed
+from moesys.kernels import compute_experts, compute_experts_summed, sum_rows
 from moesys.moe.dispatch import LocalDispatcher, Part
 from moesys.moe.execution import Execution
 from moesys.moe.router import TopKRouter
@@ -45,7 +45,9 @@ class MoELayer(nn.Module):
     def __init__(self, hidden_size: int, config: MoEConfig, *, layer_id: int = 0) -> None:
         super().__init__()
         self.layer_id = layer_id
-        self.router = TopKRouter(hidden_size, config.num_experts, config.top_k, normalize=config.normalize_top_k)
+        self.router = TopKRouter(
+            hidden_size, config.num_experts, config.top_k, normalize=config.normalize_top_k
+        )
         self.experts = ExpertBank(config.num_experts, hidden_size, config.intermediate_size)
         self.shared_expert = (
             SwiGLU(hidden_size, config.shared_intermediate_size) if config.shared_intermediate_size else None
@@ -61,7 +63,9 @@ class MoELayer(nn.Module):
         """Computes the layer; without an `Execution` everything is local and resident. Raises `ShapeError`."""
         hidden_size = self.router.weight_ED.shape[1]
         if x.shape[-1] != hidden_size:
-            raise ShapeError(f"the last dimension of x ({x.shape[-1]}) must be the layer's hidden size ({hidden_size})")
+            raise ShapeError(
+                f"the last dimension of x ({x.shape[-1]}) must be the layer's hidden size ({hidden_size})"
+            )
         if execution is None:
             execution = Execution(LocalDispatcher(), ResidentSource({self.layer_id: self.experts}))
         x_TD = x.reshape(-1, hidden_size)
@@ -76,7 +80,7 @@ class MoELayer(nn.Module):
         tape = execution.tape
         routing = self.router(x_TD, None if tape is None else tape.replayed_expert_ids)
         if tape is not None:
-            tape.record(routing.expert_ids.view(routing.num_tokens, -1))
+            tape.record(routing.expert_ids.view(routing.num_tokens, self.router.top_k))
         return routing
 
     def _compute_experts(self, x_TD: Tensor, routing: Routing, execution: Execution) -> Tensor:
@@ -92,7 +96,9 @@ class MoELayer(nn.Module):
         y_AD: Tensor | None = None
         for view in execution.source.acquire(self.layer_id, part.rows.offsets):
             if view.covers_all:
-                y_RD = compute_experts_summed(part.rows, view, part.weights_A, part.token_sum, execution.kernel)
+                y_RD = compute_experts_summed(
+                    part.rows, view, part.weights_A, part.token_sum, execution.kernel
+                )
                 execution.source.release(self.layer_id, view)
                 return y_RD
             view_y_AD = compute_experts(part.rows, view, part.weights_A, execution.kernel)
@@ -100,14 +106,4 @@ class MoELayer(nn.Module):
             y_AD = view_y_AD if y_AD is None else y_AD + view_y_AD
         if y_AD is None:
             raise ShapeError(f"the expert source yielded no view for layer {self.layer_id}")
-        return sum_assignments(y_AD, part.token_sum)
-
-
-def sum_assignments(y_AD: Tensor, token_sum: TokenSum) -> Tensor:
-    """Sums (assignments, hidden) rows per token in the order of its choices. Returns (results, hidden)."""
-    y_by_choice = y_AD[token_sum.positions]
-    lengths = token_sum.offsets.diff()
-    result_ids = torch.repeat_interleave(
-        torch.arange(token_sum.num_results, device=y_AD.device), lengths, output_size=y_by_choice.shape[0]
-    )
-    return y_AD.new_zeros(token_sum.num_results, y_AD.shape[1]).index_add(0, result_ids, y_by_choice)
+        return sum_rows(y_AD, part.token_sum)

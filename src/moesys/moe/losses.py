@@ -20,12 +20,16 @@ def compute_balance_loss(routing: Routing) -> Tensor:
     """
     scores_TE = _require(routing.scores_TE, "scores_TE")
     share_E = routing.compute_expert_counts().to(scores_TE.dtype) / max(1, routing.num_assignments)
-    return routing.num_experts * (share_E * scores_TE.mean(dim=0)).sum()
+    return routing.num_experts * (share_E * scores_TE.sum(dim=0)).sum() / max(1, routing.num_tokens)
 
 
 def compute_router_z_loss(routing: Routing) -> Tensor:
-    """Computes the mean over tokens of logsumexp(logits)^2, a float32 scalar. Source: ST-MoE, arXiv 2202.08906, eq. 5."""
-    return torch.logsumexp(_require(routing.logits_TE, "logits_TE"), dim=-1).square().mean()
+    """Computes the mean over tokens of logsumexp(logits)^2, a float32 scalar.
+
+    Source: ST-MoE, arXiv 2202.08906, equation 5.
+    """
+    logits_TE = _require(routing.logits_TE, "logits_TE")
+    return torch.logsumexp(logits_TE, dim=-1).square().sum() / max(1, routing.num_tokens)
 
 
 def _require(statistics: Tensor | None, name: str) -> Tensor:

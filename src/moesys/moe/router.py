@@ -29,7 +29,9 @@ class TopKRouter(nn.Module):
     def forward(self, x_TD: Tensor, replayed_expert_ids_TK: Tensor | None = None) -> Routing:
         """Routes (tokens, hidden) of any float dtype; given expert ids are used instead of choosing."""
         num_experts = self.weight_ED.shape[0]
-        logits_TE = nn.functional.linear(x_TD.to(self.weight_ED.dtype), self.weight_ED)
+        dtype = torch.promote_types(self.weight_ED.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = nn.functional.linear(x_TD.to(dtype), self.weight_ED.to(dtype))
         scores_TE = logits_TE.softmax(dim=-1)
         expert_ids_TK = replayed_expert_ids_TK
         if expert_ids_TK is None:

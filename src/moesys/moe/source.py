@@ -65,7 +65,9 @@ class ResidentSource:
     def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView]:
         """See `ExpertSource`. Does not look at the demand."""
         if layer_id not in self._banks:
-            raise ShapeError(f"layer {layer_id} has no experts in this source; it holds layers {sorted(self._banks)}")
+            raise ShapeError(
+                f"layer {layer_id} has no experts in this source; it holds layers {sorted(self._banks)}"
+            )
         yield self._banks[layer_id].view
 
     def release(self, layer_id: int, view: BankView) -> None:

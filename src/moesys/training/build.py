@@ -26,7 +26,9 @@ def build_decoder_config(model: ModelConfig, vocab_size: int, max_positions: int
             sliding_window=model.sliding_window,
             rope_theta=model.rope_theta,
         ),
-        feed_forwards=tuple(_build_feed_forward(model, num_experts) for num_experts in model.experts_per_layer),
+        feed_forwards=tuple(
+            _build_feed_forward(model, num_experts) for num_experts in model.experts_per_layer
+        ),
         norm_epsilon=model.norm_epsilon,
         tie_embeddings=model.tie_embeddings,
         max_positions=max_positions,
@@ -47,7 +49,9 @@ def select_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"runtime.device ({name!r}) is not a device; use cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"runtime.device is {name!r}, but torch {torch.__version__} sees no GPU here; use cpu")
+        raise ConfigError(
+            f"runtime.device is {name!r}, but torch {torch.__version__} sees no GPU here; use cpu"
+        )
     return device
 
 

@@ -42,9 +42,14 @@ def evaluate(
     total = 0.0
     for done, held in enumerate(heldout.batches):
         batch = held.to(device)
-        output = model(batch.token_ids_BS, batch.positions_BS, DocumentAttend(batch.document_ids_BS), execution)
+        output = model(
+            batch.token_ids_BS, batch.positions_BS, DocumentAttend(batch.document_ids_BS), execution
+        )
         total += linear_cross_entropy(
-            output.hidden_BSD.flatten(0, 1), model.head_weight_VD, batch.target_ids_BS.flatten(), loss_chunk_tokens
+            output.hidden_BSD.flatten(0, 1),
+            model.head_weight_VD,
+            batch.target_ids_BS.flatten(),
+            loss_chunk_tokens,
         ).item()
         on_progress(done + 1, len(heldout.batches))
     return Evaluation(

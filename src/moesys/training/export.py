@@ -48,7 +48,11 @@ class ExportedRun:
 
 
 def export_run(
-    path: Path, target: Path, dtype: str | None, on_damage: Callable[[str], None], files: FileSystem | None = None
+    path: Path,
+    target: Path,
+    dtype: str | None,
+    on_damage: Callable[[str], None],
+    files: FileSystem | None = None,
 ) -> ExportedRun:
     """Writes the newest intact checkpoint of a run into the folder ``target``, which must not exist or be empty.
 
@@ -61,7 +65,10 @@ def export_run(
         raise ConfigError(f"{target} exists and is not an empty folder; give another one with --to")
     wanted = compute_dtype(config) if dtype is None else parse_dtype(dtype)
     state = load_newest_checkpoint(
-        run.checkpoints_folder, on_damage=on_damage, select=lambda name: name.startswith(_MODEL_PREFIX), dtype=wanted
+        run.checkpoints_folder,
+        on_damage=on_damage,
+        select=lambda name: name.startswith(_MODEL_PREFIX),
+        dtype=wanted,
     )
     draft = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     try:
@@ -80,7 +87,13 @@ def export_run(
 
 
 def _write_folder(
-    run: RunDirectory, config: Config, state: RunState, folder: Path, name: str, dtype: torch.dtype, files: FileSystem
+    run: RunDirectory,
+    config: Config,
+    state: RunState,
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    files: FileSystem,
 ) -> ExportedRun:
     tokenizer = run.load_tokenizer()
     end_id = tokenizer.end_of_text_id

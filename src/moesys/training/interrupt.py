@@ -38,4 +38,6 @@ class Interruption:
         if self.is_requested:
             os._exit(130)
         self.is_requested = True
-        self._notify(f"{signal.Signals(number).name}: saving after this step; once more exits at once, unsaved")
+        self._notify(
+            f"{signal.Signals(number).name}: saving after this step; once more exits at once, unsaved"
+        )

@@ -96,6 +96,8 @@ class MasterAdamW:
             master.copy_(saved)
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
-            moments = {m: state[f"optimizer.{m}.{name}"] for m in _MOMENTS if f"optimizer.{m}.{name}" in state}
+            moments = {
+                m: state[f"optimizer.{m}.{name}"] for m in _MOMENTS if f"optimizer.{m}.{name}" in state
+            }
             if moments:
                 self._adamw.state[master] = {m: value.clone() for m, value in moments.items()}

@@ -78,7 +78,9 @@ class RunDirectory:
         """Opens an existing run. Raises `ConfigError` when there is none."""
         run = cls(path)
         if not run.config_file.is_file():
-            raise ConfigError(f"{path} holds no run (no config.toml); give the folder that `moesys train` printed")
+            raise ConfigError(
+                f"{path} holds no run (no config.toml); give the folder that `moesys train` printed"
+            )
         return run
 
     def load_config(self) -> Config:
@@ -132,4 +134,7 @@ def _read_cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

@@ -55,7 +55,7 @@ class TrainingStep:
         optimizer: MasterAdamW,
         execution: Execution,
         objective: Objective,
-        gradient_clip: float | None,
+        gradient_clip: float,
         meter: LoadMeter,
     ) -> None:
         self._model = model
@@ -78,7 +78,7 @@ class TrainingStep:
         if not result.is_finite:
             self._optimizer.discard_gradients()
             return result
-        if self._gradient_clip is not None:
+        if self._gradient_clip > 0:
             _scale(gradients, min(1.0, self._gradient_clip / (result.gradient_norm + 1e-6)))
         self._optimizer.step(learning_rate)
         return result
@@ -91,7 +91,9 @@ class TrainingStep:
         loss = self._compute_cross_entropy(output, batch) / num_targets
         share = batch.num_targets / num_targets
         balance_loss, router_z_loss = (share * value for value in compute_mean_router_losses(output, loss))
-        total = loss + self._objective.balance_loss * balance_loss + self._objective.router_z_loss * router_z_loss
+        total = (
+            loss + self._objective.balance_loss * balance_loss + self._objective.router_z_loss * router_z_loss
+        )
         total.backward()
         self._meter.add(output.routings)
         return torch.stack([loss.detach(), balance_loss.detach(), router_z_loss.detach()]).float().cpu()

@@ -42,7 +42,8 @@ from moesys.units import format_count
 
 # Settings that may change between a checkpoint and its resumption: they alter no weight.
 _FREE_KEYS = {
-    "training": {"log_every", "evaluate_every", "evaluate_tokens", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"},
+    "training": {"log_every", "evaluate_every", "evaluate_tokens", "checkpoint_every", "keep_checkpoints",
+                 "max_skipped_steps"},
     "runtime": {"threads", "tensorboard"},
 }  # fmt: skip
 
@@ -151,7 +152,9 @@ class Trainer:
                 if _is_due(config.checkpoint_every, self.step) or is_last:
                     log.write_event("checkpoint", f"saved {self.save()}")
             if self.step < config.steps:
-                log.write_event("interrupted", f"saved {self.save()}; go on with: moesys resume {self.run.path}")
+                log.write_event(
+                    "interrupted", f"saved {self.save()}; go on with: moesys resume {self.run.path}"
+                )
                 return Outcome(self.step, is_finished=False, evaluation=None)
             evaluation = self.evaluate()
             log.write_evaluation(evaluation)
@@ -169,7 +172,10 @@ class Trainer:
     def evaluate(self, max_tokens: int | None = None) -> Evaluation:
         """Scores held-out documents, each alone; ``max_tokens`` bounds how many, None takes all."""
         return evaluate(
-            self.model, self.make_heldout_set(max_tokens), self.execution, self.config.memory.loss_chunk_tokens
+            self.model,
+            self.make_heldout_set(max_tokens),
+            self.execution,
+            self.config.memory.loss_chunk_tokens,
         )
 
     def make_heldout_set(self, max_tokens: int | None = None) -> HeldoutSet:
@@ -272,7 +278,9 @@ class _Log:
         """Writes the line of the steps added since the last one; skipped steps count in time and not in loss."""
         trainer = self._trainer
         load = trainer._meter.drain()
-        tokens_per_s = sum(result.num_targets for result in self._results) / (trainer._elapsed_s - self._started_s)
+        tokens_per_s = sum(result.num_targets for result in self._results) / (
+            trainer._elapsed_s - self._started_s
+        )
         loss = self._mean("loss")
         metrics = TrainMetrics(
             step=trainer.step,
@@ -333,7 +341,9 @@ class _Log:
 
 
 def _check_same_config(saved: dict[str, Any], current: Config) -> None:
-    difference = describe_config_difference(_drop_free_keys(saved), _drop_free_keys(current.model_dump(mode="json")))
+    difference = describe_config_difference(
+        _drop_free_keys(saved), _drop_free_keys(current.model_dump(mode="json"))
+    )
     if difference:
         raise CheckpointError(
             f"the checkpoint belongs to another config:\n{difference}\n"

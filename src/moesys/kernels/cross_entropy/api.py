@@ -11,7 +11,9 @@ IGNORED_TARGET = -100
 """A target that contributes neither loss nor gradient."""
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int) -> Tensor:
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int
+) -> Tensor:
     """Computes the summed cross entropy of ``hidden @ weight.T`` in nats, ``chunk_tokens`` rows of logits at a time.
 
     hidden_TD: (tokens, hidden) float. weight_VD: (vocabulary, hidden), same dtype. target_ids_T: (tokens,) int64,
@@ -27,4 +29,6 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Ten
         raise ShapeError(
             f"there must be one target per token: {hidden_TD.shape[0]} tokens, targets {tuple(target_ids_T.shape)}"
         )
+    if chunk_tokens < 1:
+        raise ShapeError(f"chunk_tokens ({chunk_tokens}) must be 1 or more")
     return chunked.linear_cross_entropy(hidden_TD, weight_VD, target_ids_T, chunk_tokens)

@@ -17,16 +17,21 @@ from torch.autograd.function import once_differentiable
 _IGNORED = -100
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int) -> Tensor:
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int
+) -> Tensor:
     """See `moesys.kernels.cross_entropy.api.linear_cross_entropy`."""
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, target_ids_T, chunk_tokens)  # pyrefly: ignore
+    # Inside `forward` grad mode is always off, so whether gradients are wanted is asked here.
+    keeps = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, target_ids_T, chunk_tokens, keeps)  # pyrefly: ignore
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        needs_backward = needs_hidden or needs_weight
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int, keeps: bool
+    ) -> Tensor:
+        needs_backward = keeps and any(ctx.needs_input_grad)
         loss_dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         loss = torch.zeros((), dtype=loss_dtype, device=hidden_TD.device)
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_backward else None
@@ -35,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CD = hidden_TD[start : start + chunk_tokens]
             targets_C = target_ids_T[start : start + chunk_tokens]
             is_target_C = targets_C != _IGNORED
-            index_C1 = targets_C.clamp(min=0).unsqueeze(1)
+            index_C1 = targets_C.masked_fill(~is_target_C, 0).unsqueeze(1)
             log_probs_CV = torch.log_softmax((hidden_CD @ weight_VD.t()).to(loss_dtype), dim=1)
             loss -= (log_probs_CV.gather(1, index_C1).squeeze(1) * is_target_C).sum()
             if grad_hidden_TD is None or grad_weight_VD is None:
@@ -60,8 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         return (
-            grad_hidden_TD * grad_loss.to(grad_hidden_TD.dtype),
+            grad_hidden_TD * grad_loss,
             (grad_weight_VD * grad_loss).to(ctx.weight_dtype),
+            None,
             None,
             None,
         )

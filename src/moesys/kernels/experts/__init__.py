@@ -2,5 +2,6 @@
 
 from moesys.kernels.experts.api import Kernel, compute_experts, compute_experts_summed
 from moesys.kernels.experts.records import BankView, Rows, TokenSum
+from moesys.kernels.experts.row_sum import sum_rows
 
-__all__ = ["BankView", "Kernel", "Rows", "TokenSum", "compute_experts", "compute_experts_summed"]
+__all__ = ["BankView", "Kernel", "Rows", "TokenSum", "compute_experts", "compute_experts_summed", "sum_rows"]

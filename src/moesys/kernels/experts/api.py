@@ -63,7 +63,9 @@ def _check(rows: Rows, view: BankView, weights_A: Tensor) -> None:
     hidden, num_slots = rows.x_RD.shape[-1], view.gate_up_SFD.shape[0]
     inner = view.down_SDF.shape[-1]
     if not rows.x_RD.is_floating_point():
-        raise ShapeError(f"x must be floating point, got {rows.x_RD.dtype}; cast it to the dtype of the weights")
+        raise ShapeError(
+            f"x must be floating point, got {rows.x_RD.dtype}; cast it to the dtype of the weights"
+        )
     if view.gate_up_SFD.shape != (num_slots, 2 * inner, hidden):
         raise ShapeError(
             f"gate_up must be (slots, 2 * inner, hidden) = ({num_slots}, {2 * inner}, {hidden}), "
@@ -92,4 +94,6 @@ def _check(rows: Rows, view: BankView, weights_A: Tensor) -> None:
             "cast x to the dtype of the weights"
         )
     if torch.is_grad_enabled() and weights_A.dtype not in (torch.float32, torch.float64):
-        raise ShapeError(f"routing weights must be float32 or float64, got {weights_A.dtype}; route in float32")
+        raise ShapeError(
+            f"routing weights must be float32 or float64, got {weights_A.dtype}; route in float32"
+        )

@@ -5,6 +5,8 @@ Slow and obvious. Works in float64, which makes it the oracle for gradients too.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_
     y_AD = compute_experts(rows, view, weights_A)
     offsets = token_sum.offsets.tolist()
     results = []
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in pairwise(offsets):
         total_D = y_AD.new_zeros(y_AD.shape[1])
         for position in token_sum.positions[start:end].tolist():
             total_D = total_D + y_AD[position]

@@ -15,16 +15,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moesys.kernels.experts.records import BankView, Rows, TokenSum
+from moesys.kernels.experts.row_sum import sum_rows
 
 
 def compute_experts(rows: Rows, view: BankView, weights_A: Tensor) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts`."""
-    return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, weights_A, rows, view, None)  # pyrefly: ignore
+    return _apply(rows, view, weights_A, None)
 
 
 def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts_summed`."""
-    return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, weights_A, rows, view, token_sum)  # pyrefly: ignore
+    return _apply(rows, view, weights_A, token_sum)
+
+
+def _apply(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum | None) -> Tensor:
+    # Inside `forward` grad mode is always off, so whether anything will be kept is asked here.
+    keeps = torch.is_grad_enabled()
+    return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, weights_A, rows, view, token_sum, keeps)  # pyrefly: ignore
 
 
 class _Group(NamedTuple):
@@ -55,15 +62,18 @@ class _Experts(torch.autograd.Function):
         rows: Rows,
         view: BankView,
         token_sum: TokenSum | None,
+        keeps: bool,
     ) -> Tensor:
         groups = list(_iterate_groups(rows, view))
-        needs_backward = any(ctx.needs_input_grad)
+        needs_backward = keeps and any(ctx.needs_input_grad)
         hidden_AF = x_RD.new_empty(rows.num_assignments if needs_backward else 0, gate_up_SFD.shape[1])
         y_AD = _new_rows(x_RD, rows, is_complete=view.covers_all)
         weights_A1 = weights_A.to(x_RD.dtype).unsqueeze(1)
         for slot, start, end in groups:
             x_ND = x_RD.index_select(0, rows.row_ids[start:end])
-            hidden_NF = hidden_AF[start:end] if needs_backward else x_RD.new_empty(end - start, gate_up_SFD.shape[1])
+            hidden_NF = (
+                hidden_AF[start:end] if needs_backward else x_RD.new_empty(end - start, gate_up_SFD.shape[1])
+            )
             torch.mm(x_ND, gate_up_SFD[slot].t(), out=hidden_NF)
             gate_NF, up_NF = hidden_NF.chunk(2, dim=1)
             activation_NF = torch.nn.functional.silu(gate_NF).mul_(up_NF).mul_(weights_A1[start:end])
@@ -71,7 +81,7 @@ class _Experts(torch.autograd.Function):
         if needs_backward:
             ctx.save_for_backward(x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF)
             ctx.groups, ctx.rows, ctx.token_sum, ctx.is_complete = groups, rows, token_sum, view.covers_all
-        return y_AD if token_sum is None else _sum_rows(y_AD, token_sum)
+        return y_AD if token_sum is None else sum_rows(y_AD, token_sum)
 
     @staticmethod
     @once_differentiable
@@ -101,8 +111,8 @@ class _Experts(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(grad_act_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
             grad_gate_up.add_product(slot, grad_hidden_NF.t(), x_RD.index_select(0, rows.row_ids[start:end]))
             torch.mm(grad_hidden_NF, gate_up_SFD[slot], out=grad_x_AD[start:end])
-        grad_x_RD = _sum_rows(grad_x_AD, _invert(rows))
-        return grad_x_RD, grad_gate_up.tensor, grad_down.tensor, grad_weights, None, None, None
+        grad_x_RD = sum_rows(grad_x_AD, _invert(rows))
+        return grad_x_RD, grad_gate_up.tensor, grad_down.tensor, grad_weights, None, None, None, None
 
 
 class _BankGradient:
@@ -135,12 +145,3 @@ def _invert(rows: Rows) -> TokenSum:
     counts = torch.bincount(rows.row_ids, minlength=rows.x_RD.shape[0])
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return TokenSum(positions=rows.row_ids.argsort(stable=True), offsets=offsets)
-
-
-def _sum_rows(y_AD: Tensor, token_sum: TokenSum) -> Tensor:
-    """Sums rows per result in the order given, without materialising the gathered rows. Returns (results, hidden)."""
-    if token_sum.positions.shape[0] == 0:
-        return y_AD.new_zeros(token_sum.num_results, y_AD.shape[1])
-    return torch.nn.functional.embedding_bag(
-        token_sum.positions, y_AD, token_sum.offsets, mode="sum", include_last_offset=True
-    )
