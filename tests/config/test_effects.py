@@ -20,7 +20,7 @@ from moesys.errors import IneffectiveOptionError
 NO_EXPERTS = "model.num_experts=0"
 
 IDLE: dict[str, list[str]] = {
-    "model.top_k": [NO_EXPERTS, "model.top_k=1"],
+    "model.top_k": [NO_EXPERTS, "model.top_k=3"],
     "model.expert_intermediate_size": ["model.num_experts=[0, 0]", "model.expert_intermediate_size=8"],
     "model.shared_expert_intermediate_size": [NO_EXPERTS, "model.shared_expert_intermediate_size=8"],
     "model.normalize_top_k": [NO_EXPERTS, "model.normalize_top_k=false"],

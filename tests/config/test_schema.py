@@ -65,6 +65,12 @@ def test_derived_numbers() -> None:
     assert TrainingConfig(batch_sequences=6, micro_batch_sequences=2).resolved_micro_batch == 2
 
 
+def test_gradient_clip_is_a_number() -> None:
+    assert TrainingConfig(gradient_clip=0).gradient_clip == 0
+    with pytest.raises(ValidationError, match="gradient_clip"):
+        TrainingConfig.model_validate({"gradient_clip": None})
+
+
 def test_top_k_may_equal_the_smallest_layer() -> None:
     assert ModelConfig(num_experts=[0, 4, 0, 16], top_k=4).top_k == 4
     assert ModelConfig(num_experts=0, top_k=64).experts_per_layer == (0, 0, 0, 0)

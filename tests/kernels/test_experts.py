@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
-from expert_cases import Case, Choices, assert_numeric, make_case, make_upstream, run
+from expert_cases import GRADIENTS, Case, Choices, assert_numeric, make_case, make_upstream, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -215,7 +215,46 @@ def test_result_ids_invert_the_positions() -> None:
     """Poisoned memory: positions that are a permutation must overwrite every entry."""
     token_sum = TokenSum(positions=torch.tensor([3, 0, 2, 1]), offsets=torch.tensor([0, 1, 1, 4]))
     assert token_sum.num_results == 3
-    assert token_sum.compute_result_ids().tolist() == [2, 2, 2, 0]
+    assert token_sum.compute_result_ids(4).tolist() == [2, 2, 2, 0]
+
+
+class _CountProducts(TorchDispatchMode):
+    """How many matrix products are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += "mm" in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+NEEDS = [needed for size in range(1, 5) for needed in combinations(GRADIENTS, size)]
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["rows", "summed"])
+@pytest.mark.parametrize("needed", NEEDS, ids=lambda needed: "+".join(needed))
+def test_backward_makes_no_product_for_what_needs_no_gradient(needed: tuple[str, ...], summed: bool) -> None:
+    """Per expert: one product back through down, and one for each of x, gate_up and down that needs it."""
+    case = make_case(*MIXED)
+    inputs = (case.x_RD, case.gate_up_SFD, case.down_SDF, case.weights_A)
+    named = {n: t.clone().requires_grad_(n in needed) for n, t in zip(GRADIENTS, inputs, strict=True)}
+    rows, view = Rows(named["x"], case.row_ids, case.offsets), BankView(named["gate_up"], named["down"])
+    if summed:
+        y = compute_experts_summed(rows, view, named["weights"], case.token_sum, Kernel.TORCH)
+    else:
+        y = compute_experts(rows, view, named["weights"], Kernel.TORCH)
+    with _CountProducts() as products:
+        y.backward(make_upstream(y))
+    assert products.count == 4 * (1 + len(set(needed) - {"weights"}))
+    oracle = run(case, Kernel.REFERENCE, summed=summed)
+    for name, leaf in named.items():
+        if name in needed:
+            assert leaf.grad is not None
+            assert_numeric(leaf.grad, oracle[name], name)
+        else:
+            assert leaf.grad is None
 
 
 class _Allocations(TorchDispatchMode):
@@ -232,9 +271,6 @@ class _Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.xfail(
-    strict=True, reason="ctx.needs_input_grad is True under no_grad too; see torch_loop._Experts.forward"
-)
 def test_nothing_is_kept_for_backward_without_gradients() -> None:
     case = make_case(*MIXED)
     view = BankView(case.gate_up_SFD.requires_grad_(), case.down_SDF.requires_grad_())

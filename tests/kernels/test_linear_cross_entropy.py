@@ -125,18 +125,7 @@ class _CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "requires_grad",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="ctx.needs_input_grad is True under no_grad too; see chunked.forward"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("requires_grad", [False, True])
 def test_without_gradients_each_chunk_is_one_product(requires_grad: bool) -> None:
     hidden, weight = (t.requires_grad_(requires_grad) for t in make_inputs())
     with torch.no_grad(), _CountProducts() as products:
@@ -162,16 +151,12 @@ def test_target_outside_the_vocabulary_is_an_error() -> None:
         linear_cross_entropy(hidden, weight, TARGETS.clamp(max=4) + 7, 4)
 
 
-@pytest.mark.xfail(strict=True, reason="a negative target other than -100 counts as class 0 in chunked.py")
 def test_negative_target_other_than_ignored_is_an_error() -> None:
     hidden, weight = make_inputs()
     with pytest.raises((ShapeError, IndexError, RuntimeError)):
         linear_cross_entropy(hidden, weight, TARGETS.where(TARGETS != -100, -1), 4)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="chunk_tokens < 0 returns 0 without looking at a token, 0 is a bare ValueError"
-)
 @pytest.mark.parametrize("chunk_tokens", [0, -1])
 def test_chunk_must_be_positive(chunk_tokens: int) -> None:
     with pytest.raises(ShapeError, match="chunk_tokens"):

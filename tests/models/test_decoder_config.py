@@ -42,22 +42,29 @@ def test_matmul_parameters_equal_the_modules_weights(tie: bool) -> None:
     assert model.config.num_matmul_parameters_per_token == weights + head
 
 
-def test_training_flops_by_hand() -> None:
-    """Forward 2 per weight, backward twice that. Scores and values: 2 products of heads x head_dim per
-    visible key, 2 operations each; a token sees half of the context on average."""
-    config = make_config()
-    per_key = 2 * 2 * 4 * 6
-    expected = 3 * (2 * config.num_matmul_parameters_per_token + 2 * per_key * 100 / 2)
-    assert config.compute_training_flops_per_token(100) == expected
+WINDOWS = [(None, 100), (None, 1), (16, 10_000), (16, 17), (16, 16), (16, 8), (1, 5)]
 
 
-def test_training_flops_of_a_window_stop_growing() -> None:
-    config = make_config(sliding_window=16)
+def count_visible_keys(window: int | None, context: int) -> float:
+    return sum(i + 1 if window is None else min(i + 1, window) for i in range(context)) / context
+
+
+@pytest.mark.parametrize(("window", "context"), WINDOWS)
+def test_mean_visible_keys_equal_a_count_over_positions(window: int | None, context: int) -> None:
+    attention = make_config(sliding_window=window).attention
+    expected = count_visible_keys(window, context)
+    assert attention.compute_mean_visible_keys(context) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("window", "context"), WINDOWS)
+def test_training_flops_by_hand(window: int | None, context: int) -> None:
+    """Forward 2 per weight, backward twice that. Scores and values, in each of 2 layers: 2 products of
+    heads x head_dim per visible key, 2 operations each."""
+    config = make_config(sliding_window=window)
     per_key = 2 * 2 * 4 * 6
-    expected = 3 * (2 * config.num_matmul_parameters_per_token + 2 * per_key * 16)
-    assert config.compute_training_flops_per_token(10_000) == expected
-    short = make_config().compute_training_flops_per_token(8)
-    assert config.compute_training_flops_per_token(8) == short
+    visible = count_visible_keys(window, context)
+    expected = 3 * (2 * config.num_matmul_parameters_per_token + 2 * per_key * visible)
+    assert config.compute_training_flops_per_token(context) == pytest.approx(expected, rel=1e-12)
 
 
 def test_records_are_frozen_and_equal_by_value() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from fake_seams import make_routing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesys.moe import ExpertLoad, LoadMeter
 
@@ -59,6 +60,24 @@ def test_a_layer_without_tokens_and_a_layer_of_one_expert() -> None:
     assert load.expert_tokens == [[0, 0, 0], [1]]
     assert load.entropy == 0.0
     assert load.imbalance == 0.5
+
+
+class _NoReads(TorchDispatchMode):
+    """Fails where a number is read from a tensor, for which the host would wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_add_waits_for_no_device_and_drain_adds_up_what_was_dropped() -> None:
+    meter = LoadMeter()
+    with _NoReads():
+        for dropped in ([True, False], [True, True], None):
+            first = make_routing([[0], [1]], 2, dropped=dropped, scores_TE=torch.full((2, 2), 0.5))
+            meter.add({0: first, 1: make_routing([[0]], 2, dropped=[True])})
+    assert meter.drain().dropped == 3 + 3
+    assert meter.drain().dropped == 0
 
 
 def test_statistics_keep_no_graph() -> None:

@@ -62,9 +62,6 @@ def test_bf16_tokens_are_routed_in_float32() -> None:
     assert torch.equal(routing.logits_TE, expected.logits_TE)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="autocast turns the router's product to bfloat16; see router.py forward"
-)
 def test_autocast_does_not_narrow_the_router() -> None:
     router, x = make_router(), torch.randn(7, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):

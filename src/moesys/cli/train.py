@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moesys.cli.arguments import ConfigArguments, read_config
+
+if TYPE_CHECKING:
+    from moesys.training import Trainer
 
 
 def train(
@@ -34,7 +37,7 @@ def train(
         run_to_end(trainer)
 
 
-def run_to_end(trainer: Trainer) -> None:  # noqa: F821
+def run_to_end(trainer: Trainer) -> None:
     """Trains a started or resumed run and says what to do next."""
     console = trainer.console
     for line in trainer.describe():

@@ -47,7 +47,7 @@ class ModelConfig(Section):
     shared_expert_intermediate_size: Annotated[int, Field(ge=0)] = 0
     """Inner width of an expert that every token passes; 0 means none."""
     normalize_top_k: bool = True
-    """Whether the weights of a token's chosen experts are scaled to sum to one."""
+    """Whether the weights of a token's chosen experts are scaled to sum to one; must be false where top_k is 1."""
     qk_norm: bool = True
     """Whether queries and keys are RMS-normalised per head before the rotary embedding."""
     attention_bias: bool = False
@@ -93,6 +93,12 @@ class ModelConfig(Section):
             raise ValueError(
                 f"top_k ({self.top_k}) must not exceed num_experts ({smallest}); "
                 f"set model.top_k to at most {smallest} or model.num_experts to at least {self.top_k}"
+            )
+        if self.top_k == 1 and self.normalize_top_k and max(pattern) > 1:
+            raise ValueError(
+                "top_k (1) with normalize_top_k (true) makes the weight of every chosen expert the constant 1, so the "
+                "router would learn nothing from the task loss; set model.normalize_top_k=false, or model.top_k to at "
+                "least 2"
             )
         return self
 

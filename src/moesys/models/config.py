@@ -31,6 +31,14 @@ class AttentionConfig:
         if self.head_dim % 2:
             raise ShapeError(f"head_dim ({self.head_dim}) must be even for the rotary embedding")
 
+    def compute_mean_visible_keys(self, context: int) -> float:
+        """How many keys a query sees, itself included, averaged over the ``context`` positions of a sequence.
+
+        With a window of w <= context that is the mean of min(i + 1, w) over positions i; without, (context + 1) / 2.
+        """
+        window = context if self.sliding_window is None else min(self.sliding_window, context)
+        return window - window * (window - 1) / (2 * context)
+
 
 @dataclass(frozen=True)
 class DenseConfig:
@@ -71,15 +79,12 @@ class DecoderConfig:
     def compute_training_flops_per_token(self, context: int) -> float:
         """Floating-point operations of forward and backward per token at a causal context of ``context`` tokens.
 
-        6 per active weight, plus 12 x heads x head_dim x context / 2 per layer for attention scores and values
-        (PaLM, arXiv 2204.02311, appendix B, halved for causality).
+        6 per active weight, plus 12 x heads x head_dim per layer and visible key for attention scores and values
+        (PaLM, arXiv 2204.02311, appendix B, with the keys that the causal mask and the window leave).
         """
         a = self.attention
-        seen = context if a.sliding_window is None else min(context, 2 * a.sliding_window)
-        return (
-            6.0 * self.num_matmul_parameters_per_token
-            + 6.0 * self.num_layers * a.num_heads * a.head_dim * seen
-        )
+        per_key = 12.0 * self.num_layers * a.num_heads * a.head_dim
+        return 6.0 * self.num_matmul_parameters_per_token + per_key * a.compute_mean_visible_keys(context)
 
 
 def _count_active_weights(layer: MoEConfig | DenseConfig, hidden_size: int) -> int:

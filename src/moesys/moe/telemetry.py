@@ -42,7 +42,7 @@ class LoadMeter:
         self._counts: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}
         self._num_tokens: dict[int, int] = {}
-        self._dropped = 0
+        self._dropped: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def add(self, routings: Mapping[int, Routing]) -> None:
@@ -56,7 +56,8 @@ class LoadMeter:
             else:
                 self._counts[layer_id], self._sums[layer_id] = counts, sums
                 self._num_tokens[layer_id] = routing.num_tokens
-            self._dropped += routing.count_dropped()
+            if routing.dropped is not None:
+                self._dropped[layer_id] = self._dropped.get(layer_id, 0) + routing.dropped.sum()
 
     def drain(self) -> ExpertLoad:
         """Returns what was added since the last call and starts anew."""
@@ -69,7 +70,7 @@ class LoadMeter:
             imbalance=_mean([max(c) * len(c) / max(1, sum(c)) for c in counts]),
             entropy=_mean([entropy for entropy, _ in means]),
             confidence=_mean([confidence for _, confidence in means]),
-            dropped=self._dropped,
+            dropped=sum(int(count) for count in self._dropped.values()),
         )
         self._reset()
         return load

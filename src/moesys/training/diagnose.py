@@ -19,7 +19,7 @@ def find_first_nonfinite(model: Decoder, batch: Batch, execution: Execution) -> 
         if not torch.isfinite(parameter).all():
             return f"the parameter {name}"
     found: list[str] = []
-    places = {model.embedding: "the embedding", model.final_norm: "the final norm"}
+    places: dict[nn.Module, str] = {model.embedding: "the embedding", model.final_norm: "the final norm"}
     for layer_id, block in enumerate(model.blocks):
         places |= {child: f"layer {layer_id}, {name}" for name, child in block.named_children()}
 

@@ -27,6 +27,7 @@ class MasterAdamW:
         roles = classify_parameters(model)
         self._parameters = dict(model.named_parameters())
         self._masters: dict[str, Tensor] = {}
+        self._master_gradients: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             if dtype == torch.float32 or roles[name] is Role.ROUTER:
                 self._masters[name] = parameter
@@ -54,7 +55,10 @@ class MasterAdamW:
             if parameter.grad is None:
                 master.grad = torch.zeros_like(master)
             elif master is not parameter:
-                master.grad = parameter.grad.float()
+                # Into the same buffer at every step: fresh ones would be faulted in page by page.
+                buffer = self._master_gradients.get(name)
+                master.grad = parameter.grad.float() if buffer is None else buffer.copy_(parameter.grad)
+                self._master_gradients[name] = master.grad
                 parameter.grad = None
         return [master.grad for master in self._masters.values() if master.grad is not None]
 

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 
-import moesys
 from moesys.checkpoint import write_text_atomic
 from moesys.config import Config, dump_toml, load_config
 from moesys.data import Tokenizer
@@ -101,8 +100,8 @@ def describe_environment(config: Config) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "moesys": moesys.__version__,
-        "git_revision": _read_git_revision(Path(moesys.__file__).parent),
+        "moesys": importlib.metadata.version("moesys"),
+        "git_revision": _read_git_revision(Path(__file__).parent),
         "seeds": {"training": config.training.seed, "data": config.data.seed},
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},

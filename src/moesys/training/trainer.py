@@ -20,6 +20,7 @@ from moesys.errors import CheckpointError, DataError, NonFiniteError
 from moesys.kernels import Kernel
 from moesys.moe import LoadMeter
 from moesys.planning import measure_gemm_rate
+from moesys.training.allocator import keep_freed_memory
 from moesys.training.build import build_model, compute_dtype, resolve_dtype, select_device
 from moesys.training.console import Console
 from moesys.training.diagnose import find_first_nonfinite
@@ -65,6 +66,7 @@ class Trainer:
     def __init__(self, run: RunDirectory, config: Config, data: PreparedData, console: Console) -> None:
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
+        keep_freed_memory()
         self.run = run
         self.config = config
         self.data = data

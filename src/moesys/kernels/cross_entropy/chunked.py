@@ -41,7 +41,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             targets_C = target_ids_T[start : start + chunk_tokens]
             is_target_C = targets_C != _IGNORED
             index_C1 = targets_C.masked_fill(~is_target_C, 0).unsqueeze(1)
-            log_probs_CV = torch.log_softmax((hidden_CD @ weight_VD.t()).to(loss_dtype), dim=1)
+            logits_CV = (hidden_CD @ weight_VD.t()).to(loss_dtype)
+            log_probs_CV = torch.log_softmax(logits_CV, dim=1, out=logits_CV)
             loss -= (log_probs_CV.gather(1, index_C1).squeeze(1) * is_target_C).sum()
             if grad_hidden_TD is None or grad_weight_VD is None:
                 continue
@@ -62,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         return (
             grad_hidden_TD * grad_loss,

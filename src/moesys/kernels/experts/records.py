@@ -71,10 +71,11 @@ class TokenSum:
     def num_results(self) -> int:
         return self.offsets.shape[0] - 1
 
-    def compute_result_ids(self) -> Tensor:
-        """Returns (assignments,) int64: the row of the result that each assignment, in `Rows` order, adds to."""
+    def compute_result_ids(self, num_assignments: int) -> Tensor:
+        """Returns (num_assignments,) int64: the row of the result that each assignment, in `Rows` order, adds to;
+        0 for one that is not part of any sum."""
         counts = self.offsets.diff()
         by_choice = torch.repeat_interleave(
             torch.arange(self.num_results, device=counts.device), counts, output_size=self.positions.shape[0]
         )
-        return torch.empty_like(self.positions).scatter_(0, self.positions, by_choice)
+        return self.positions.new_zeros(num_assignments).scatter_(0, self.positions, by_choice)

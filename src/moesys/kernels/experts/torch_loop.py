@@ -2,7 +2,8 @@
 
 What the loop buys over autograd through the same products: the weight gradients are written in place into one
 buffer (indexing a stacked bank under autograd zero-fills a bank per expert), only the gate-up products are kept
-for the backward pass, and the pieces of one expert stay in the cache of the core while it is computed.
+for the backward pass, and the pieces of one expert stay in the cache of the core while it is computed. The
+backward pass makes no product for an input that needs no gradient, such as a frozen bank.
 """
 
 from __future__ import annotations
@@ -14,18 +15,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesys.kernels.experts.padding import pad_groups
 from moesys.kernels.experts.records import BankView, Rows, TokenSum
 from moesys.kernels.experts.row_sum import sum_rows
 
 
 def compute_experts(rows: Rows, view: BankView, weights_A: Tensor) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts`."""
-    return _apply(rows, view, weights_A, None)
+    if not _recompiles_per_shape(rows.x_RD):
+        return _apply(rows, view, weights_A, None)
+    padded = pad_groups(rows)
+    return _apply(padded.rows, view, padded.pad_weights(weights_A), None)[padded.places]
 
 
 def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts_summed`."""
-    return _apply(rows, view, weights_A, token_sum)
+    if not _recompiles_per_shape(rows.x_RD):
+        return _apply(rows, view, weights_A, token_sum)
+    padded = pad_groups(rows)
+    return _apply(padded.rows, view, padded.pad_weights(weights_A), padded.move_positions(token_sum))
+
+
+def _recompiles_per_shape(x_RD: Tensor) -> bool:
+    return x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
 
 
 def _apply(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum | None) -> Tensor:
@@ -85,15 +97,17 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF = ctx.saved_tensors
         rows: Rows = ctx.rows
         token_sum: TokenSum | None = ctx.token_sum
         grad = grad.contiguous()
-        result_ids = None if token_sum is None else token_sum.compute_result_ids()
+        result_ids = None if token_sum is None else token_sum.compute_result_ids(rows.num_assignments)
         weights_A1 = weights_A.to(x_RD.dtype).unsqueeze(1)
-        grad_gate_up, grad_down = _BankGradient(gate_up_SFD, ctx.groups), _BankGradient(down_SDF, ctx.groups)
-        grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete)
+        needs_x, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
+        grad_gate_up = _BankGradient(gate_up_SFD, ctx.groups) if needs_gate_up else None
+        grad_down = _BankGradient(down_SDF, ctx.groups) if needs_down else None
+        grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete) if needs_x else None
         grad_weights = torch.zeros_like(weights_A)
         for slot, start, end in ctx.groups:
             grad_y_ND = grad[start:end] if result_ids is None else grad.index_select(0, result_ids[start:end])
@@ -102,17 +116,27 @@ class _Experts(torch.autograd.Function):
             activation_NF = silu_NF * up_NF
             grad_act_NF = grad_y_ND @ down_SDF[slot]
             grad_weights[start:end] = (grad_act_NF * activation_NF).sum(dim=1, dtype=weights_A.dtype)
-            activation_NF.mul_(weights_A1[start:end])
-            grad_down.add_product(slot, grad_y_ND.t(), activation_NF)
+            if grad_down is not None:
+                grad_down.add_product(slot, grad_y_ND.t(), activation_NF.mul_(weights_A1[start:end]))
+            if grad_x_AD is None and grad_gate_up is None:
+                continue
             grad_act_NF.mul_(weights_A1[start:end])
             grad_hidden_NF = torch.empty_like(hidden_AF[start:end])
             grad_gate_NF, grad_up_NF = grad_hidden_NF.chunk(2, dim=1)
             torch.mul(grad_act_NF, silu_NF, out=grad_up_NF)
             torch.ops.aten.silu_backward.grad_input(grad_act_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
-            grad_gate_up.add_product(slot, grad_hidden_NF.t(), x_RD.index_select(0, rows.row_ids[start:end]))
-            torch.mm(grad_hidden_NF, gate_up_SFD[slot], out=grad_x_AD[start:end])
-        grad_x_RD = sum_rows(grad_x_AD, _invert(rows))
-        return grad_x_RD, grad_gate_up.tensor, grad_down.tensor, grad_weights, None, None, None, None
+            if grad_gate_up is not None:
+                x_ND = x_RD.index_select(0, rows.row_ids[start:end])
+                grad_gate_up.add_product(slot, grad_hidden_NF.t(), x_ND)
+            if grad_x_AD is not None:
+                torch.mm(grad_hidden_NF, gate_up_SFD[slot], out=grad_x_AD[start:end])
+        return (
+            None if grad_x_AD is None else sum_rows(grad_x_AD, _invert(rows)),
+            None if grad_gate_up is None else grad_gate_up.tensor,
+            None if grad_down is None else grad_down.tensor,
+            grad_weights,
+            *(None,) * 4,
+        )
 
 
 class _BankGradient:
