@@ -206,9 +206,8 @@ def judge(bits_per_byte: float, tokens: int, goal: float) -> str:
         "skipped" if tokens < JUDGED_TOKENS else "ok" if bits_per_byte <= FLOOR_BITS_PER_BYTE else "short"
     )
     reason = f" fewer than {JUDGED_TOKENS} training tokens" if verdict == "skipped" else ""
-    print(
-        f"claim demo_bits_per_byte value={bits_per_byte:.3f} floor={FLOOR_BITS_PER_BYTE} goal={goal:.3f} {verdict}{reason}"
-    )
+    value = f"value={bits_per_byte:.3f} floor={FLOOR_BITS_PER_BYTE} goal={goal:.3f}"
+    print(f"claim demo_bits_per_byte {value} {verdict}{reason}")
     return verdict
 
 

@@ -68,7 +68,7 @@ class Batch:
 
 
 def draw_batches(shape: Shape, num_batches: int, seed: int) -> list[Batch]:
-    """Batches of uniform tokens in documents of 16 to 192 tokens, packed until a sequence is full."""
+    """Batches of uniform tokens: a stream of documents of 64 to 1024 tokens, cut into sequences as packing does."""
     generator = torch.Generator().manual_seed(seed)
     return [_draw_batch(shape, generator) for _ in range(num_batches)]
 
@@ -76,7 +76,7 @@ def draw_batches(shape: Shape, num_batches: int, seed: int) -> list[Batch]:
 def _draw_batch(shape: Shape, generator: torch.Generator) -> Batch:
     S = shape.sequence_length
     tokens = torch.randint(shape.vocab_size, (shape.num_sequences, S + 1), generator=generator)
-    documents_BS = torch.stack([_draw_documents(S, generator) for _ in range(shape.num_sequences)])
+    documents_BS = _draw_documents(shape.num_sequences * S, generator).view(shape.num_sequences, S)
     same_document_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
     first_BS = same_document_BSS.int().argmax(dim=-1)
     causal_SS = torch.ones(S, S, dtype=torch.bool).tril()
@@ -89,7 +89,7 @@ def _draw_batch(shape: Shape, generator: torch.Generator) -> Batch:
     )
 
 
-def _draw_documents(sequence_length: int, generator: torch.Generator) -> Tensor:
-    """The document of each token [S], from 0 up."""
-    lengths = torch.randint(16, 193, (sequence_length // 16 + 1,), generator=generator)
-    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:sequence_length]
+def _draw_documents(num_tokens: int, generator: torch.Generator) -> Tensor:
+    """The document of each token of a stream, from 0 up."""
+    lengths = torch.randint(64, 1025, (num_tokens // 64 + 1,), generator=generator)
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:num_tokens]

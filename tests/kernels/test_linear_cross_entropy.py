@@ -161,3 +161,12 @@ def test_negative_target_other_than_ignored_is_an_error() -> None:
 def test_chunk_must_be_positive(chunk_tokens: int) -> None:
     with pytest.raises(ShapeError, match="chunk_tokens"):
         linear_cross_entropy(*make_inputs(), TARGETS, chunk_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab_size", [1, 5, 64, 1000, 4097])
+def test_log_softmax_may_write_over_its_input(dtype: torch.dtype, vocab_size: int) -> None:
+    """The chunked kernel relies on it; torch does not promise it."""
+    logits = torch.randn(7, vocab_size, dtype=dtype)
+    expected = torch.log_softmax(logits, dim=1)
+    assert torch.equal(torch.log_softmax(logits, dim=1, out=logits), expected)

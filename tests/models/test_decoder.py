@@ -125,7 +125,7 @@ def test_sliding_window_equals_an_explicit_mask(window: int, ids: list[int] | No
 
 
 def test_one_attend_serves_layers_with_different_windows() -> None:
-    """Masks are kept per window: a second window must not get the first one's mask."""
+    """One record may serve several models and windows: nothing of the first may leak into the second."""
     attend = DocumentAttend(None)
     tokens = make_tokens(1, 8)
     for window in (2, 5, 2):

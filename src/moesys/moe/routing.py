@@ -69,7 +69,8 @@ class Routing:
 
     def compute_expert_counts(self) -> Tensor:
         """Returns (experts,) int64: how many assignments each expert was chosen for, dropped ones included."""
-        return torch.bincount(self.expert_ids, minlength=self.num_experts)
+        ids = self.expert_ids
+        return ids.new_zeros(self.num_experts).scatter_add_(0, ids, torch.ones_like(ids))
 
     def count_dropped(self) -> int:
         """Returns how many assignments are not computed."""
