@@ -23,7 +23,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 """What moesys asks of glibc when it trains (`moesys.training.allocator`), given to every system, since page faults
 are up to a fifth of a step and have nothing to do with the code that is compared."""

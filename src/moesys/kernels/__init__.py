@@ -15,6 +15,8 @@ from moesys.kernels.experts import (
     compute_experts_summed,
     sum_rows,
 )
+from moesys.kernels.rms_norm import rms_norm
+from moesys.kernels.rotary import rotate_pairs
 
 __all__ = [
     "BankView",
@@ -24,5 +26,7 @@ __all__ = [
     "compute_experts",
     "compute_experts_summed",
     "linear_cross_entropy",
+    "rms_norm",
+    "rotate_pairs",
     "sum_rows",
 ]

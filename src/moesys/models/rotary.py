@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moesys.kernels import rotate_pairs
+
 
 class Rotation(NamedTuple):
     """Cosines and sines of each position, (batch, sequence, 1, head_dim / 2) float32."""
@@ -24,6 +26,4 @@ def compute_rotation(positions_BS: Tensor, head_dim: int, theta: float) -> Rotat
 
 def apply_rotation(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotates (batch, sequence, heads, head_dim), pairing element i with i + head_dim / 2. Keeps the dtype."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = rotation.cos.to(x.dtype), rotation.sin.to(x.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotate_pairs(x, rotation.cos, rotation.sin)
