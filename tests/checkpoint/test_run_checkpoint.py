@@ -35,6 +35,7 @@ from moesys.checkpoint.run_checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from moesys.checkpoint.safetensors_file import Selection
 from moesys.errors import CheckpointError, DamagedCheckpointError, DiskSpaceError
 
 DTYPES = [
@@ -749,3 +750,28 @@ if __name__ == "__main__":
     logging.disable()
     run_checkpoint.MAX_SHARD_BYTES = 120
     sys.stdout.write(json.dumps(run_kills(Path(sys.argv[1]))))
+
+
+def test_a_selection_loads_some_tensors_and_casts_them(tmp_path: Path) -> None:
+    tensors = {"model.a": torch.randn(3, 4), "optimizer.a": torch.randn(3, 4), "model.n": torch.tensor([7])}
+    save_checkpoint(tmp_path, RunState(1, 2, tensors, {}), keep=2)
+    selection = Selection(lambda name: name.startswith("model."), torch.bfloat16)
+    loaded = load_newest_checkpoint(tmp_path, on_damage=pytest.fail, selection=selection).tensors
+    assert loaded.keys() == {"model.a", "model.n"}
+    assert torch.equal(loaded["model.a"], tensors["model.a"].bfloat16())
+    assert torch.equal(loaded["model.n"], tensors["model.n"])
+
+
+def test_damage_in_a_tensor_that_is_not_selected_is_found(tmp_path: Path) -> None:
+    tensors = {"model.a": torch.zeros(4), "optimizer.a": torch.zeros(4)}
+    folder = save_checkpoint(tmp_path, RunState(1, 2, tensors, {}), keep=2)
+    [shard] = folder.glob("*.safetensors")
+    contents = bytearray(shard.read_bytes())
+    contents[-1] ^= 1
+    shard.write_bytes(contents)
+    damages: list[str] = []
+    with pytest.raises(DamagedCheckpointError):
+        load_newest_checkpoint(
+            tmp_path, on_damage=damages.append, selection=Selection(lambda name: name == "model.a")
+        )
+    assert len(damages) == 1

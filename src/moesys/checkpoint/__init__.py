@@ -11,6 +11,7 @@ from moesys.checkpoint.run_checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from moesys.checkpoint.safetensors_file import Selection
 from moesys.checkpoint.text_model import TextModel, load_text_model, parse_dtype
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "FileSystem",
     "ModelCard",
     "RunState",
+    "Selection",
     "TextModel",
     "describe_config_difference",
     "list_checkpoints",

@@ -243,11 +243,17 @@ class HashedReader:
         self.read_into(memoryview(buffer))
         return bytes(buffer)
 
+    def skip(self, num_bytes: int) -> None:
+        """Reads and hashes the next bytes without keeping them."""
+        scratch = memoryview(bytearray(min(num_bytes, PIECE_BYTES)))
+        while num_bytes:
+            piece = scratch[:num_bytes]
+            self.read_into(piece)
+            num_bytes -= len(piece)
+
     def check_digest(self) -> None:
         """Reads what is left and compares the sha256 of the whole file."""
-        scratch = memoryview(bytearray(min(self._left_bytes, PIECE_BYTES)))
-        while self._left_bytes:
-            self.read_into(scratch[: self._left_bytes])
+        self.skip(self._left_bytes)
         found = self._digest.hexdigest()
         if found != self._expected.sha256:
             raise DamagedCheckpointError(

@@ -29,6 +29,8 @@ import torch
 
 from moesys.checkpoint.files import DEFAULT, FileSystem, HashedReader, WrittenFile, explain_read_errors
 from moesys.checkpoint.safetensors_file import (
+    EVERYTHING,
+    Selection,
     TensorRecord,
     parse_natural,
     parse_object,
@@ -143,10 +145,13 @@ def save_checkpoint(directory: Path, state: RunState, *, keep: int, files: FileS
     return final
 
 
-def load_newest_checkpoint(directory: Path, *, on_damage: Callable[[str], None]) -> RunState:
+def load_newest_checkpoint(
+    directory: Path, *, on_damage: Callable[[str], None], selection: Selection = EVERYTHING
+) -> RunState:
     """Loads the newest checkpoint that is exactly what was saved, its tensors on the CPU.
 
-    Each file is read once, hashed while it is read. A checkpoint that differs from its manifest in anything
+    Each file is read once, hashed while it is read, also where ``selection`` leaves tensors out.
+    A checkpoint that differs from its manifest in anything
     is described to ``on_damage`` (which file, what was expected and found), and the one before it is taken.
 
     Raises DamagedCheckpointError when none is intact, and CheckpointError when there is none or when the
@@ -155,7 +160,7 @@ def load_newest_checkpoint(directory: Path, *, on_damage: Callable[[str], None])
     damages: list[str] = []
     for step in reversed(list_checkpoints(directory)):
         try:
-            return _load(directory / _folder_name(step))
+            return _load(directory / _folder_name(step), selection)
         except DamagedCheckpointError as error:
             damages.append(str(error))
             on_damage(str(error))
@@ -351,12 +356,12 @@ def _remove_or_log(path: Path, files: FileSystem) -> None:
         _log.warning("%s; %s is of no use any more, delete it by hand", error, path)
 
 
-def _load(path: Path) -> RunState:
+def _load(path: Path, selection: Selection) -> RunState:
     manifest = _read_manifest(path, _step_of(path.name))
     metadata = _read_metadata(path, manifest)
     tensors: dict[str, torch.Tensor] = {}
     for file_name, records in manifest.shards.items():
-        tensors |= read_safetensors(path / file_name, manifest.files[file_name], records)
+        tensors |= read_safetensors(path / file_name, manifest.files[file_name], records, selection)
     return RunState(manifest.step, manifest.tokens, tensors, metadata)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,18 +80,39 @@ def write_safetensors(
     return files.write_new_file(path, _iterate_chunks(header, records, tensors), size_bytes)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which tensors to load, and as what.
+
+    accepts:  says of a name whether its tensor is wanted; the others are hashed and not kept.
+    dtype:    floating-point tensors are cast to it one at a time; None keeps theirs.
+    """
+
+    accepts: Callable[[str], bool] = lambda name: True
+    dtype: torch.dtype | None = None
+
+
+EVERYTHING = Selection()
+
+
 def read_safetensors(
-    path: Path, written: WrittenFile, expected: Mapping[str, TensorRecord]
+    path: Path, written: WrittenFile, expected: Mapping[str, TensorRecord], selection: Selection = EVERYTHING
 ) -> dict[str, torch.Tensor]:
     """Reads a file once, hashing it on the way, and returns its tensors on the CPU in the file's order.
 
-    Raises DamagedCheckpointError when size, digest or header differ from what was written.
+    Memory: the returned tensors, and one more where they are cast. Raises DamagedCheckpointError when size, digest
+    or header differ from what was written.
     """
     tensors: dict[str, torch.Tensor] = {}
     with HashedReader(path, written) as reader:
         for name, record in _read_header(reader, expected).items():
-            tensors[name] = torch.empty(record.shape, dtype=record.torch_dtype)
-            reader.read_into(_view_bytes(tensors[name]))
+            if not selection.accepts(name):
+                reader.skip(record.size_bytes)
+                continue
+            tensor = torch.empty(record.shape, dtype=record.torch_dtype)
+            reader.read_into(_view_bytes(tensor))
+            casts = selection.dtype is not None and tensor.is_floating_point()
+            tensors[name] = tensor.to(selection.dtype) if casts else tensor
         reader.check_digest()
     return tensors
 

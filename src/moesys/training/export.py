@@ -16,6 +16,7 @@ from moesys.checkpoint import (
     FileSystem,
     ModelCard,
     RunState,
+    Selection,
     load_newest_checkpoint,
     parse_dtype,
     save_model,
@@ -67,8 +68,7 @@ def export_run(
     state = load_newest_checkpoint(
         run.checkpoints_folder,
         on_damage=on_damage,
-        select=lambda name: name.startswith(_MODEL_PREFIX),
-        dtype=wanted,
+        selection=Selection(lambda name: name.startswith(_MODEL_PREFIX), wanted),
     )
     draft = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     try:
