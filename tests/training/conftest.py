@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +44,15 @@ def make_line() -> MakeLine:
 def train_lines(make_line: MakeLine) -> list[TrainMetrics]:
     """Four lines up to step 35: layer 1 is uneven, layer 3 even, and layer 5 starves an expert."""
     return [make_line(step, [1, 3, 5], [[3, 1], [2, 2], [4, 0]]) for step in (10, 20, 30, 35)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(6):
+        lines = [
+            f"line {i} of file {number}: {i * number % 17} apples and {i % 5} pears\n" for i in range(12)
+        ]
+        (folder / f"{number}.txt").write_text("".join(lines))
+    return folder

@@ -79,11 +79,11 @@ class Trainer:
         self.execution = self.model.make_resident_execution(
             Kernel(config.runtime.kernel), recompute=config.memory.activation_checkpointing
         )
-        self._optimizer = MasterAdamW(self.model, config.training, self._dtype)
+        self.optimizer = MasterAdamW(self.model, config.training, self._dtype)
         self._meter = LoadMeter()
         self._training_step = TrainingStep(
             self.model,
-            self._optimizer,
+            self.optimizer,
             self.execution,
             Objective(
                 config.training.balance_loss, config.training.router_z_loss, config.memory.loss_chunk_tokens
@@ -190,7 +190,7 @@ class Trainer:
         state = RunState(
             step=self.step,
             tokens=self.step * self.tokens_per_step,
-            tensors=self._optimizer.export_state(),
+            tensors=self.optimizer.export_state(),
             metadata={
                 "config": self.config.model_dump(mode="json"),
                 "data_fingerprint": self.data.fingerprint,
@@ -215,7 +215,7 @@ class Trainer:
                 f"the run was saved with {metadata['threads']} threads and goes on with {torch.get_num_threads()}: "
                 "sums may differ in the last bits"
             )
-        self._optimizer.import_state(state.tensors)
+        self.optimizer.import_state(state.tensors)
         self.step = state.step
         self._elapsed_s = metadata["elapsed_s"]
         self._skipped_in_a_row = metadata["skipped_in_a_row"]
