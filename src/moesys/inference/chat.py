@@ -64,7 +64,7 @@ class ChatFormat:
             turns = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
             return f"{turns}Assistant:"
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
+        environment.globals.update(raise_exception=_raise)
         try:
             return environment.from_string(self.template).render(
                 messages=[m._asdict() for m in messages], add_generation_prompt=True, **self.special_tokens
@@ -121,6 +121,7 @@ class ChatSession:
     def _fit_prompt(self, turns: list[Message]) -> list[int]:
         limit = self._engine.model.config.max_positions - self._max_new_tokens
         num_system = 1 if turns[0].role == "system" else 0
+        prompt_ids: list[int] = []
         for first in range(num_system, len(turns), 2):
             prompt_ids = self._encode(turns[:num_system] + turns[first:])
             if len(prompt_ids) <= limit:
