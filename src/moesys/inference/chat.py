@@ -64,10 +64,12 @@ class ChatFormat:
             turns = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
             return f"{turns}Assistant:"
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals.update(raise_exception=_raise)
         try:
             return environment.from_string(self.template).render(
-                messages=[m._asdict() for m in messages], add_generation_prompt=True, **self.special_tokens
+                messages=[m._asdict() for m in messages],
+                add_generation_prompt=True,
+                raise_exception=_raise,
+                **self.special_tokens,
             )
         except TemplateError as error:
             raise ModelFormatError(f"the chat template cannot render this conversation: {error}") from None
