@@ -38,14 +38,22 @@ app.add_typer(config_app, name="config")
 _state = {"debug": read_debug()}
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _set_globals(
     debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with every error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
 ) -> None:
-    if version:
-        print(__version__)
-        raise typer.Exit
     _state["debug"] = _state["debug"] or debug
 
 

@@ -23,7 +23,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens by which windows advance.", show_default="half the context")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Score at most this many.", show_default="all")
+        int | None, typer.Option(min=1, help="Score at most this many.", show_default="all")
     ] = None,
     dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,11 +14,20 @@ from moesys.moe import Execution
 
 
 @torch.no_grad()
-def find_first_nonfinite(model: Decoder, batch: Batch, execution: Execution) -> str:
-    """Runs one forward pass and names the first place with NaN or Inf, such as ``block 2, feed_forward``."""
+def find_first_nonfinite(model: Decoder, batches: Iterable[Batch], execution: Execution) -> str:
+    """Runs the micro-batches of a step forward and names the first place with NaN or Inf, such as
+    ``layer 2, feed_forward``."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"the parameter {name}"
+    for batch in batches:
+        place = _find_in_forward(model, batch, execution)
+        if place is not None:
+            return place
+    return "the backward pass (every activation of the forward pass is finite)"
+
+
+def _find_in_forward(model: Decoder, batch: Batch, execution: Execution) -> str | None:
     found: list[str] = []
     places: dict[nn.Module, str] = {model.embedding: "the embedding", model.final_norm: "the final norm"}
     for layer_id, block in enumerate(model.blocks):
@@ -40,4 +50,4 @@ def find_first_nonfinite(model: Decoder, batch: Batch, execution: Execution) -> 
         return found[0]
     if not torch.isfinite(model.compute_logits(output.hidden_BSD)).all():
         return "the output head"
-    return "the backward pass (every activation of the forward pass is finite)"
+    return None

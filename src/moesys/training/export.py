@@ -62,6 +62,7 @@ def export_run(
     """
     run = RunDirectory.open(path)
     config = run.load_config()
+    target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder; give another one with --to")
     wanted = compute_dtype(config) if dtype is None else parse_dtype(dtype)

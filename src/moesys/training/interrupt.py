@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -38,6 +39,8 @@ class Interruption:
         if self.is_requested:
             os._exit(130)
         self.is_requested = True
-        self._notify(
-            f"{signal.Signals(number).name}: saving after this step; once more exits at once, unsaved"
-        )
+        # A stream refuses a write that interrupts its own write; the request counts all the same.
+        with suppress(RuntimeError):
+            self._notify(
+                f"{signal.Signals(number).name}: saving after this step; once more exits at once, unsaved"
+            )

@@ -104,4 +104,6 @@ class MasterAdamW:
                 m: state[f"optimizer.{m}.{name}"] for m in _MOMENTS if f"optimizer.{m}.{name}" in state
             }
             if moments:
-                self._adamw.state[master] = {m: value.clone() for m, value in moments.items()}
+                self._adamw.state[master] = {
+                    m: value.to(master.device, copy=True) for m, value in moments.items()
+                }

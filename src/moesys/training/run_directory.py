@@ -55,22 +55,27 @@ class RunDirectory:
     def tensorboard_folder(self) -> Path:
         return self.path / "tensorboard"
 
-    @classmethod
-    def create(cls, path: Path, config: Config, tokenizer: Tokenizer) -> RunDirectory:
-        """Makes the folder and writes what describes the run. Raises `ConfigError` when a run is there already."""
-        run = cls(path)
-        if run.config_file.exists():
+    def require_unused(self) -> None:
+        """Raises `ConfigError` when the folder holds a run, or what is left of one."""
+        if any(path.exists() for path in (self.config_file, self.metrics_file, self.checkpoints_folder)):
             raise ConfigError(
-                f"{path} already holds a run; go on with it (moesys resume {path}), or choose another folder (--run)"
+                f"{self.path} already holds a run; go on with it (moesys resume {self.path}), "
+                "or choose another folder (--run)"
             )
+
+    def create(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Makes the folder and writes what describes the run, the config last.
+
+        Raises `ConfigError` when a run is there already, and `CheckpointError` where nothing can be written.
+        """
+        self.require_unused()
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(self.tokenizer_folder)
         except OSError as error:
-            raise CheckpointError(f"cannot create the run folder {path}: {error.strerror}") from None
-        tokenizer.save(run.tokenizer_folder)
-        write_text_atomic(run.environment_file, json.dumps(describe_environment(config), indent=2) + "\n")
-        write_text_atomic(run.config_file, dump_toml(config))
-        return run
+            raise CheckpointError(f"cannot create the run folder {self.path}: {error.strerror}") from None
+        write_text_atomic(self.environment_file, json.dumps(describe_environment(config), indent=2) + "\n")
+        write_text_atomic(self.config_file, dump_toml(config))
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:

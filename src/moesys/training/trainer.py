@@ -104,10 +104,15 @@ class Trainer:
 
     @classmethod
     def start(cls, config: Config, path: Path, console: Console) -> Trainer:
-        """Prepares data and model of a new run in the folder ``path``."""
+        """Prepares data and model of a new run in the folder ``path``, which is written when both are there."""
+        run = RunDirectory(path)
+        run.require_unused()
+        select_device(config.runtime.device)
         config = resolve_dtype(config)
         data = prepare_data(config.data, read_cache_dir())
-        return cls(RunDirectory.create(path, config, data.tokenizer), config, data, console)
+        trainer = cls(run, config, data, console)
+        run.create(config, data.tokenizer)
+        return trainer
 
     @classmethod
     def resume(cls, path: Path, console: Console) -> Trainer:
@@ -154,6 +159,8 @@ class Trainer:
                 if _is_due(config.checkpoint_every, self.step) or is_last:
                     log.write_event("checkpoint", f"saved {self.save()}")
             if self.step < config.steps:
+                if log.has_unwritten_steps:
+                    log.write()
                 log.write_event(
                     "interrupted", f"saved {self.save()}; go on with: moesys resume {self.run.path}"
                 )
@@ -165,8 +172,7 @@ class Trainer:
     def take_step(self) -> StepResult:
         """Carries out one optimizer step on the next batch and returns its figures; writes nothing."""
         started = time.perf_counter()
-        batches = [self._load_batch(self.step, i) for i in range(self._loader.num_micro_batches)]
-        result = self._training_step.run(batches, compute_learning_rate(self.config.training, self.step))
+        result = self._training_step.run(self._load_batches(self.step), compute_learning_rate(self.config.training, self.step))
         self._elapsed_s += time.perf_counter() - started
         self.step += 1
         return result
@@ -224,8 +230,8 @@ class Trainer:
         with self._open_sinks() as sinks:
             _Log(self, sinks).write_event("resumed", f"resumed at step {self.step}")
 
-    def _load_batch(self, step: int, micro_batch: int) -> Batch:
-        return self._loader.load(step, micro_batch).to(self._device)
+    def _load_batches(self, step: int) -> list[Batch]:
+        return [self._loader.load(step, i).to(self._device) for i in range(self._loader.num_micro_batches)]
 
     def _guard(self, result: StepResult, log: _Log) -> None:
         """Counts steps that were skipped for NaN or Inf, and stops the run after too many in a row."""
@@ -240,7 +246,7 @@ class Trainer:
         )
         limit = self.config.training.max_skipped_steps
         if self._skipped_in_a_row >= limit:
-            place = find_first_nonfinite(self.model, self._load_batch(self.step - 1, 0), self.execution)
+            place = find_first_nonfinite(self.model, self._load_batches(self.step - 1), self.execution)
             raise NonFiniteError(
                 f"loss or gradients were NaN or Inf in {limit} steps in a row (training.max_skipped_steps), up to "
                 f"step {self.step}; it began in {place}; lower training.learning_rate "
@@ -273,6 +279,10 @@ class _Log:
         )
         self._gemm_rate: float | None = None
 
+    @property
+    def has_unwritten_steps(self) -> bool:
+        return bool(self._results)
+
     def add(self, result: StepResult) -> None:
         self._results.append(result)
 
@@ -298,7 +308,7 @@ class _Log:
             router_z_loss=self._mean("router_z_loss"),
             moe_layers=load.layer_ids,
             expert_tokens=load.expert_tokens,
-            imbalance=load.imbalance,
+            imbalance=load.imbalance if load.layer_ids else math.nan,
             routing_entropy=load.entropy,
             router_confidence=load.confidence,
             dropped=load.dropped,
