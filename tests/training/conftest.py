@@ -51,9 +51,7 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(6):
-        lines = [
-            f"line {i} of file {number}: {i * number % 17} apples and {i % 5} pears\n" for i in range(12)
-        ]
+        lines = [f"line {i} of file {number}: {i * number % 17} apples and {i % 5} pears\n" for i in range(7)]
         (folder / f"{number}.txt").write_text("".join(lines))
     return folder
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import start
+from torch import nn
 
 from moesys.errors import NonFiniteError
 from moesys.training import Trainer
+from moesys.training.diagnose import find_first_nonfinite
 from moesys.training.metrics import read_metrics
 
 
@@ -87,3 +89,69 @@ def test_a_good_step_resets_the_count(corpus: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(trainer, "take_step", take_every_other_step_with_nan)
     assert trainer.train().is_finished
+
+
+def test_a_nan_batch_is_found_in_whichever_micro_batch_it_is(corpus: Path, tmp_path: Path) -> None:
+    trainer = start(
+        corpus, tmp_path / "run", "training.micro_batch_sequences=1", "training.max_skipped_steps=1"
+    )
+    calls = 0
+
+    def spoil_the_third_micro_batch(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return output * float("nan") if calls % 4 == 3 else output
+
+    trainer.model.blocks[1].feed_forward.register_forward_hook(spoil_the_third_micro_batch)
+    with pytest.raises(NonFiniteError, match="it began in layer 1, feed_forward"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [
+        ("embedding", "the embedding"),
+        ("blocks.0.feed_forward", "layer 0, feed_forward"),
+        ("blocks.1.post_attention_norm", "layer 1, post_attention_norm"),
+        ("final_norm", "the final norm"),
+    ],
+)
+def test_the_first_bad_activation_is_named(corpus: Path, tmp_path: Path, module: str, place: str) -> None:
+    trainer = start(corpus, tmp_path / "run")
+    trainer.model.get_submodule(module).register_forward_hook(
+        lambda module, inputs, output: (
+            (output[0] * float("inf"), *output[1:]) if isinstance(output, tuple) else output * float("inf")
+        )
+    )
+    assert find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer.execution) == place
+
+
+def test_logits_that_overflow_are_the_heads_fault(corpus: Path, tmp_path: Path) -> None:
+    trainer = start(corpus, tmp_path / "run", "model.tie_embeddings=false")
+    assert trainer.model.head is not None
+    with torch.no_grad():
+        trainer.model.head.weight.fill_(3e38)
+    found = find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer.execution)
+    assert found == "the output head"
+
+
+def test_gradients_alone_are_the_backward_passs_fault(corpus: Path, tmp_path: Path) -> None:
+    trainer = start(corpus, tmp_path / "run", "training.max_skipped_steps=1")
+    trainer.model.blocks[0].attention.register_full_backward_hook(
+        lambda module, inputs, outputs: tuple(g if g is None else g * float("nan") for g in inputs)
+    )
+    before = {key: tensor.clone() for key, tensor in trainer.optimizer.export_state().items()}
+    with pytest.raises(NonFiniteError, match=r"it began in the backward pass \(every activation"):
+        trainer.train()
+    after = trainer.optimizer.export_state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    [event] = read_metrics(tmp_path / "run" / "metrics.jsonl").events
+    assert event.step == 1
+    assert "gradient norm nan" in event.message
+
+
+def test_the_diagnosis_leaves_no_hooks(corpus: Path, tmp_path: Path) -> None:
+    trainer = start(corpus, tmp_path / "run")
+    find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer.execution)
+    assert not any(module._forward_hooks for module in trainer.model.modules())

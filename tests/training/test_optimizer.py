@@ -155,7 +155,8 @@ def test_an_imported_state_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved", "found"), [(None, "is missing"), (torch.zeros(3), r"is of shape \(3,\), the model needs \(16,\)")]
+    ("saved", "found"),
+    [(None, "is missing"), (torch.zeros(3), r"is of shape \(3,\), the model needs \(16,\)")],
 )
 def test_a_state_that_does_not_fit_is_refused(saved: Tensor | None, found: str) -> None:
     optimizer = MasterAdamW(make_model(), CONFIG.training, torch.float32)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import STEPS, resume, start
 
-from moesys.checkpoint import load_newest_checkpoint
-from moesys.errors import CheckpointError, DataError
+from moesys.checkpoint import FileSystem, load_newest_checkpoint
+from moesys.errors import CheckpointError, DataError, DiskSpaceError, NonFiniteError
 from moesys.training import PlainConsole, Trainer
+from moesys.training.metrics import read_metrics
+from moesys.training.step import StepResult
 
 
 def hash_state(run: Path) -> dict[str, str]:
@@ -48,11 +51,54 @@ def test_a_resumed_run_ends_in_the_same_bits(
     assert hash_state(tmp_path / "cut") == hash_state(tmp_path / "straight")
 
 
-def test_steps_consume_no_global_randomness(corpus: Path, tmp_path: Path) -> None:
+def take_steps(trainer: Trainer, until: int) -> list[float]:
+    """Takes steps, the third one with an infinite loss and so skipped; returns each step's loss."""
+    losses = []
+    while trainer.step < until:
+        with ExitStack() as stack:
+            if trainer.step == 2:
+                norm = trainer.model.final_norm
+                hook = norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+                stack.callback(hook.remove)
+            result = trainer.take_step()
+        assert result.is_finite == (trainer.step != 3)
+        losses.append(result.loss)
+    return losses
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_later_loss_is_the_same_also_around_a_skipped_step(
+    corpus: Path, tmp_path: Path, cut: int, dtype: str
+) -> None:
+    more = (f"training.dtype={dtype}", "training.micro_batch_sequences=2", "training.batch_sequences=6")
+    straight = start(corpus, tmp_path / "straight", *more)
+    losses = take_steps(straight, STEPS)
+    first = start(corpus, tmp_path / "cut", *more)
+    take_steps(first, cut)
+    first.save()
+    second = resume(tmp_path / "cut")
+    assert [str(loss) for loss in take_steps(second, STEPS)] == [str(loss) for loss in losses[cut:]]
+    for trainer in (straight, second):
+        trainer.save()
+    assert hash_state(tmp_path / "cut") == hash_state(tmp_path / "straight")
+
+
+def test_these_runs_cross_an_epoch(corpus: Path, tmp_path: Path) -> None:
+    """What the tests above cut lies in the middle of an epoch, and the runs go on into the next."""
     trainer = start(corpus, tmp_path / "run")
-    before = torch.get_rng_state()
-    trainer.take_step()
-    assert torch.equal(torch.get_rng_state(), before)
+    sequences = (trainer.data.train.num_tokens - 1) // 16
+    assert 4 < sequences < STEPS * 4
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(corpus: Path, tmp_path: Path) -> None:
+    more = ("training.max_skipped_steps=3", "training.checkpoint_every=2")
+    for number, resumed_step in enumerate([0, 2]):
+        trainer = start(corpus, tmp_path / "run", *more) if number == 0 else resume(tmp_path / "run")
+        assert trainer.step == resumed_step
+        trainer.model.final_norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        with pytest.raises(NonFiniteError, match=r"3 steps in a row .* up to step 3;"):
+            trainer.train()
 
 
 def test_another_config_is_refused_with_a_diff(corpus: Path, tmp_path: Path) -> None:
@@ -95,3 +141,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus: Path, 
     assert resumed.step == 1
     assert "WARNING" in output.getvalue()
     assert str(shard) in output.getvalue()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_is_needed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = start(corpus, tmp_path / "run")
+    trainer.take_step()
+    old = trainer.save()
+    trainer.take_step()
+    monkeypatch.setattr(FileSystem, "free_bytes", lambda self, path: 1000)
+    with pytest.raises(DiskSpaceError, match=r"needs \d+ bytes .*1000 bytes are free.*untouched") as caught:
+        trainer.save()
+    assert str(tmp_path / "run" / "checkpoints") in str(caught.value)
+    assert [path.name for path in old.parent.iterdir()] == [old.name]
+    assert resume(tmp_path / "run").step == 1
+
+
+def test_a_resumed_metrics_file_has_each_step_once(corpus: Path, tmp_path: Path) -> None:
+    trainer = start(corpus, tmp_path / "run", "training.checkpoint_every=4")
+    take_step = trainer.take_step
+
+    def crash_at_seven() -> StepResult:
+        if trainer.step == 7:
+            raise OSError("the power went")
+        return take_step()
+
+    trainer.take_step = crash_at_seven
+    with pytest.raises(OSError, match="power"):
+        trainer.train()
+    resume(tmp_path / "run").train()
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line.step for line in metrics.train] == [2, 4, 6, 8, 9]
+    assert [line.step for line in metrics.evaluations] == [9]
+    assert [(event.event, event.step) for event in metrics.events] == [
+        ("checkpoint", 4), ("resumed", 4), ("checkpoint", 8), ("checkpoint", 9)
+    ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -57,8 +58,8 @@ def test_it_rises_then_never_rises_again(
         final_learning_rate_ratio=final,
         decay_fraction=decay,
     )
-    assert all(earlier < later for earlier, later in zip(values[:warmup], values[1:warmup], strict=False))
+    assert all(earlier < later for earlier, later in pairwise(values[:warmup]))
     after = values[warmup:]
-    assert all(earlier >= later - 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert all(earlier >= later - 1e-12 for earlier, later in pairwise(after))
     assert all(2.0 * final - 1e-9 <= value <= 2.0 for value in after)
     assert values[-1] == pytest.approx(2.0 * final, abs=1e-9)

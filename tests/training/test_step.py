@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from moesys.config import load_config
 from moesys.data import Batch
 from moesys.models import DocumentAttend
 from moesys.moe import LoadMeter
+from moesys.training import PlainConsole, Trainer
 from moesys.training.build import build_model
 from moesys.training.metrics import read_metrics
 from moesys.training.optimizer import MasterAdamW
@@ -55,7 +59,9 @@ class Bench:
         take = self.optimizer.step
 
         def record(learning_rate: float) -> None:
-            self.gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+            self.gradients = {
+                n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None
+            }
             take(learning_rate)
 
         self.optimizer.step = record
@@ -146,10 +152,7 @@ def test_metrics_count_every_token_of_a_run(corpus: Path, tmp_path: Path, interr
     assert {line.dropped for line in lines} == {0}
 
 
-def request_interrupt_at(trainer, step: int) -> None:
-    import os
-    import signal
-
+def request_interrupt_at(trainer: Trainer, step: int) -> None:
     take_step = trainer.take_step
 
     def take_step_and_signal() -> StepResult:
@@ -174,10 +177,6 @@ def test_a_run_consumes_no_global_randomness(corpus: Path, tmp_path: Path) -> No
 def test_a_dense_model_has_no_imbalance(corpus: Path, tmp_path: Path) -> None:
     dense = [setting for setting in SETTINGS if "experts" not in setting and "expert_" not in setting]
     config = load_config(None, [*dense, "model.num_experts=0", f'data.source="{corpus}"', "training.steps=3"])
-    import io
-
-    from moesys.training import PlainConsole, Trainer
-
     Trainer.start(config, tmp_path / "run", PlainConsole(3, io.StringIO())).train()
     [*_, line] = read_metrics(tmp_path / "run" / "metrics.jsonl").train
     assert line.moe_layers == []

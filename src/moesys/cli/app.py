@@ -49,9 +49,7 @@ def _set_globals(
     debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with every error.")] = False,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     _state["debug"] = _state["debug"] or debug

@@ -16,9 +16,7 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     Draws from a generator of its own: a measurement in the middle of a run leaves torch's random state alone.
     """
     generator = torch.Generator(device).manual_seed(0)
-    left, right = (
-        torch.randn(_SIZE, _SIZE, device=device, generator=generator).to(dtype) for _ in range(2)
-    )
+    left, right = (torch.randn(_SIZE, _SIZE, device=device, generator=generator).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     torch.mm(left, right.t(), out=product)
     best = float("inf")

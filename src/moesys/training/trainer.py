@@ -172,7 +172,8 @@ class Trainer:
     def take_step(self) -> StepResult:
         """Carries out one optimizer step on the next batch and returns its figures; writes nothing."""
         started = time.perf_counter()
-        result = self._training_step.run(self._load_batches(self.step), compute_learning_rate(self.config.training, self.step))
+        batches = self._load_batches(self.step)
+        result = self._training_step.run(batches, compute_learning_rate(self.config.training, self.step))
         self._elapsed_s += time.perf_counter() - started
         self.step += 1
         return result
