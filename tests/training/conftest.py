@@ -58,5 +58,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The share of the GEMM rate is reported against a made-up one: measuring takes longer than a tiny run."""
+    """No GEMM rate is measured, which takes longer than a tiny run, and the allocator stays as it is: other tests
+    of this process measure memory."""
     monkeypatch.setattr("moesys.training.trainer.measure_gemm_rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr("moesys.training.trainer.keep_freed_memory", lambda: False)

@@ -56,18 +56,14 @@ def _set_globals(
 
 
 def main() -> None:
-    """Runs the command line. Errors print one message to stderr and exit with status 1, misuse with 2."""
+    """Runs the command line. Errors print one message to stderr and exit with status 1, misuse with 2.
+
+    Ctrl-C (130) and a reader that has gone (`moesys config schema | head`) end quietly: typer sees to both.
+    """
     try:
         app()
     except MoesysError as error:
         _fail(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader has gone (`moesys config show | head`); keep Python from complaining at exit.
-        sys.stderr.close()
-        sys.exit(0)
     except Exception as error:  # noqa: BLE001  the last wall: anything here is a defect of moesys
         _fail(
             f"error: unexpected {type(error).__name__}: {error}\n"
