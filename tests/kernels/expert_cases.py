@@ -104,13 +104,18 @@ def run(case: Case, kernel: Kernel, *, summed: bool) -> dict[str, Tensor]:
     if summed:
         y = compute_experts_summed(rows, view, weights, case.token_sum, kernel)
     else:
-        y = compute_experts(rows, view, weights, kernel)
+        y = compute_weighted_rows(rows, view, weights, kernel)
     if y.requires_grad:
         (y * make_upstream(y)).sum().backward()
     result = {"y": y.detach()}
     for name, leaf in zip(GRADIENTS, leaves, strict=True):
         result[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     return result
+
+
+def compute_weighted_rows(rows: Rows, view: BankView, weights_A: Tensor, kernel: Kernel) -> Tensor:
+    """The rows of the operator, weighted by plain torch."""
+    return compute_experts(rows, view, kernel) * weights_A[:, None].to(rows.x_RD.dtype)
 
 
 def make_upstream(y: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from moesys.moe.routing import Routing
 class Part:
     """Rows that are ready to be computed on this device.
 
-    weights_A:  (assignments,) routing weights in the order of ``rows.row_ids``, applied by the expert kernel.
+    weights_A:  (assignments,) routing weights in the order of ``rows.row_ids``, applied where rows are summed.
     token_sum:  which assignments sum up to which returned row, in the order of the token's choices.
     handle:     read by the dispatcher's own `combine` and by nobody else.
     """

@@ -101,9 +101,9 @@ class MoELayer(nn.Module):
                 )
                 execution.source.release(self.layer_id, view)
                 return y_RD
-            view_y_AD = compute_experts(part.rows, view, part.weights_A, execution.kernel)
+            view_y_AD = compute_experts(part.rows, view, execution.kernel)
             execution.source.release(self.layer_id, view)
             y_AD = view_y_AD if y_AD is None else y_AD + view_y_AD
         if y_AD is None:
             raise ShapeError(f"the expert source yielded no view for layer {self.layer_id}")
-        return sum_rows(y_AD, part.token_sum)
+        return sum_rows(y_AD, part.weights_A, part.token_sum)

@@ -48,18 +48,27 @@ class MasterAdamW:
             fused=True,
         )
 
-    def collect_gradients(self) -> list[Tensor]:
-        """Moves the gradients of the last backward pass to the masters and returns them, float32."""
+    def accumulate_gradients(self) -> None:
+        """Adds the gradients of a backward pass to the masters' float32 ones, and drops them where they differ."""
         for name, parameter in self._parameters.items():
             master = self._masters[name]
-            if parameter.grad is None:
-                master.grad = torch.zeros_like(master)
-            elif master is not parameter:
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
                 # Into the same buffer at every step: fresh ones would be faulted in page by page.
                 buffer = self._master_gradients.get(name)
                 master.grad = parameter.grad.float() if buffer is None else buffer.copy_(parameter.grad)
                 self._master_gradients[name] = master.grad
-                parameter.grad = None
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    def collect_gradients(self) -> list[Tensor]:
+        """Returns the masters' gradients, float32; an expert without tokens has zeros."""
+        self.accumulate_gradients()
+        for master in self._masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         return [master.grad for master in self._masters.values() if master.grad is not None]
 
     def step(self, learning_rate: float) -> None:

@@ -95,6 +95,7 @@ class TrainingStep:
             loss + self._objective.balance_loss * balance_loss + self._objective.router_z_loss * router_z_loss
         )
         total.backward()
+        self._optimizer.accumulate_gradients()
         self._meter.add(output.routings)
         return torch.stack([loss.detach(), balance_loss.detach(), router_z_loss.detach()]).float().cpu()
 

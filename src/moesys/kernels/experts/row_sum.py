@@ -8,13 +8,29 @@ from torch import Tensor
 from moesys.kernels.experts.records import TokenSum
 
 
-def sum_rows(y_AD: Tensor, token_sum: TokenSum) -> Tensor:
-    """Sums (assignments, hidden) rows per result in the order given, without materialising the gathered rows.
+def sum_rows(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
+    """Sums weighted rows per result in the order given, without materialising the gathered rows.
 
-    Returns (results, hidden); a result without rows is zero. Differentiable.
+    y_AD: (assignments, hidden). weights_A: (assignments,), cast to the dtype of the rows. Returns (results, hidden);
+    a result without rows is zero. Differentiable.
     """
+    weights = weights_A.to(y_AD.dtype)[token_sum.positions]
+    return _sum(y_AD, token_sum, weights)
+
+
+def add_rows(y_AD: Tensor, token_sum: TokenSum) -> Tensor:
+    """Sums rows per result in the order given, each with weight one. Returns (results, hidden)."""
+    return _sum(y_AD, token_sum, None)
+
+
+def _sum(y_AD: Tensor, token_sum: TokenSum, weights: Tensor | None) -> Tensor:
     if token_sum.positions.shape[0] == 0:
         return y_AD.new_zeros(token_sum.num_results, y_AD.shape[1])
     return torch.nn.functional.embedding_bag(
-        token_sum.positions, y_AD, token_sum.offsets, mode="sum", include_last_offset=True
+        token_sum.positions,
+        y_AD,
+        token_sum.offsets,
+        mode="sum",
+        per_sample_weights=weights,
+        include_last_offset=True,
     )

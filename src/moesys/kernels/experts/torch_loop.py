@@ -17,15 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from moesys.kernels.experts.padding import pad_groups
 from moesys.kernels.experts.records import BankView, Rows, TokenSum
-from moesys.kernels.experts.row_sum import sum_rows
+from moesys.kernels.experts.row_sum import add_rows, sum_rows
 
 
-def compute_experts(rows: Rows, view: BankView, weights_A: Tensor) -> Tensor:
+def compute_experts(rows: Rows, view: BankView) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts`."""
     if not _recompiles_per_shape(rows.x_RD):
-        return _apply(rows, view, weights_A, None)
+        return _apply(rows, view, None, None)
     padded = pad_groups(rows)
-    return _apply(padded.rows, view, padded.pad_weights(weights_A), None)[padded.places]
+    return _apply(padded.rows, view, None, None)[padded.places]
 
 
 def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
@@ -40,7 +40,7 @@ def _recompiles_per_shape(x_RD: Tensor) -> bool:
     return x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
 
 
-def _apply(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum | None) -> Tensor:
+def _apply(rows: Rows, view: BankView, weights_A: Tensor | None, token_sum: TokenSum | None) -> Tensor:
     # Inside `forward` grad mode is always off, so whether anything will be kept is asked here.
     keeps = torch.is_grad_enabled()
     return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, weights_A, rows, view, token_sum, keeps)  # pyrefly: ignore
@@ -62,7 +62,7 @@ def _iterate_groups(rows: Rows, view: BankView) -> Iterator[_Group]:
 
 
 class _Experts(torch.autograd.Function):
-    """Rows through their experts; with a `TokenSum` also the sum per token."""
+    """Rows through their experts; with weights and a `TokenSum` also the weighted sum per token."""
 
     @staticmethod
     def forward(
@@ -70,7 +70,7 @@ class _Experts(torch.autograd.Function):
         x_RD: Tensor,
         gate_up_SFD: Tensor,
         down_SDF: Tensor,
-        weights_A: Tensor,
+        weights_A: Tensor | None,
         rows: Rows,
         view: BankView,
         token_sum: TokenSum | None,
@@ -80,7 +80,6 @@ class _Experts(torch.autograd.Function):
         needs_backward = keeps and any(ctx.needs_input_grad)
         hidden_AF = x_RD.new_empty(rows.num_assignments if needs_backward else 0, gate_up_SFD.shape[1])
         y_AD = _new_rows(x_RD, rows, is_complete=view.covers_all)
-        weights_A1 = weights_A.to(x_RD.dtype).unsqueeze(1)
         for slot, start, end in groups:
             x_ND = x_RD.index_select(0, rows.row_ids[start:end])
             hidden_NF = (
@@ -88,39 +87,45 @@ class _Experts(torch.autograd.Function):
             )
             torch.mm(x_ND, gate_up_SFD[slot].t(), out=hidden_NF)
             gate_NF, up_NF = hidden_NF.chunk(2, dim=1)
-            activation_NF = torch.nn.functional.silu(gate_NF).mul_(up_NF).mul_(weights_A1[start:end])
+            activation_NF = torch.nn.functional.silu(gate_NF).mul_(up_NF)
             torch.mm(activation_NF, down_SDF[slot].t(), out=y_AD[start:end])
         if needs_backward:
-            ctx.save_for_backward(x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF)
+            needs_weights = weights_A is not None and ctx.needs_input_grad[3]
+            ctx.save_for_backward(
+                x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF, y_AD if needs_weights else None
+            )
             ctx.groups, ctx.rows, ctx.token_sum, ctx.is_complete = groups, rows, token_sum, view.covers_all
-        return y_AD if token_sum is None else sum_rows(y_AD, token_sum)
+        return y_AD if weights_A is None or token_sum is None else sum_rows(y_AD, weights_A, token_sum)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
-        x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF = ctx.saved_tensors
+        x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF, y_AD = ctx.saved_tensors
         rows: Rows = ctx.rows
-        token_sum: TokenSum | None = ctx.token_sum
         grad = grad.contiguous()
-        result_ids = None if token_sum is None else token_sum.compute_result_ids(rows.num_assignments)
-        weights_A1 = weights_A.to(x_RD.dtype).unsqueeze(1)
+        result_ids = None if weights_A is None else ctx.token_sum.compute_result_ids(rows.num_assignments)
+        weights_A1 = None if weights_A is None else weights_A.to(x_RD.dtype).unsqueeze(1)
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
         grad_gate_up = _BankGradient(gate_up_SFD, ctx.groups) if needs_gate_up else None
         grad_down = _BankGradient(down_SDF, ctx.groups) if needs_down else None
         grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete) if needs_x else None
-        grad_weights = torch.zeros_like(weights_A)
+        grad_weights = None if y_AD is None else torch.zeros_like(weights_A)
         for slot, start, end in ctx.groups:
-            grad_y_ND = grad[start:end] if result_ids is None else grad.index_select(0, result_ids[start:end])
+            if result_ids is None:
+                grad_y_ND = grad[start:end]
+            else:
+                grad_y_ND = grad.index_select(0, result_ids[start:end])
+                if grad_weights is not None:
+                    products_ND = grad_y_ND * y_AD[start:end]
+                    grad_weights[start:end] = products_ND.sum(dim=1, dtype=weights_A.dtype)
+                grad_y_ND.mul_(weights_A1[start:end])
             gate_NF, up_NF = hidden_AF[start:end].chunk(2, dim=1)
             silu_NF = torch.nn.functional.silu(gate_NF)
-            activation_NF = silu_NF * up_NF
-            grad_act_NF = grad_y_ND @ down_SDF[slot]
-            grad_weights[start:end] = (grad_act_NF * activation_NF).sum(dim=1, dtype=weights_A.dtype)
             if grad_down is not None:
-                grad_down.add_product(slot, grad_y_ND.t(), activation_NF.mul_(weights_A1[start:end]))
+                grad_down.add_product(slot, grad_y_ND.t(), silu_NF * up_NF)
             if grad_x_AD is None and grad_gate_up is None:
                 continue
-            grad_act_NF.mul_(weights_A1[start:end])
+            grad_act_NF = grad_y_ND @ down_SDF[slot]
             grad_hidden_NF = torch.empty_like(hidden_AF[start:end])
             grad_gate_NF, grad_up_NF = grad_hidden_NF.chunk(2, dim=1)
             torch.mul(grad_act_NF, silu_NF, out=grad_up_NF)
@@ -131,7 +136,7 @@ class _Experts(torch.autograd.Function):
             if grad_x_AD is not None:
                 torch.mm(grad_hidden_NF, gate_up_SFD[slot], out=grad_x_AD[start:end])
         return (
-            None if grad_x_AD is None else sum_rows(grad_x_AD, _invert(rows)),
+            None if grad_x_AD is None else add_rows(grad_x_AD, _invert(rows)),
             None if grad_gate_up is None else grad_gate_up.tensor,
             None if grad_down is None else grad_down.tensor,
             grad_weights,
