@@ -32,7 +32,7 @@ GEMM = "gemm"
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 SIZES = {
-    "demo": Shape(num_layers=4, hidden_size=256, num_heads=4, num_experts=16, top_k=2, expert_size=512),
+    "demo": Shape(num_layers=4, hidden_size=256, num_heads=4, num_experts=16, top_k=2, expert_size=256),
     "8-experts": Shape(num_layers=4, hidden_size=256, num_heads=8, num_experts=8, top_k=2, expert_size=1024),
     "64-experts": Shape(num_layers=4, hidden_size=512, num_heads=8, num_experts=64, top_k=8, expert_size=256),
 }

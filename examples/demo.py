@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import bz2
 import lzma
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from moesys.checkpoint import load_text_model
@@ -58,9 +58,10 @@ def main() -> int:
     options = parse_arguments()
     require_matplotlib()
     run: Path = options.run
-    if (run / "config.toml").exists():
-        print(f"removing the demo run of last time in {run}")
-        shutil.rmtree(run)
+    if run.exists():
+        kept = run.with_name(f"{run.name}-{datetime.fromtimestamp(run.stat().st_mtime):%Y%m%d-%H%M%S}")
+        print(f"the run of last time in {run} is now {kept}")
+        run.rename(kept)
     config = load_config(HERE / "demo.toml", options.overrides)
     compressed = compress_heldout(config)
     config, tokens_per_s = fit_steps(config, options.minutes * 60)
@@ -76,7 +77,7 @@ def main() -> int:
         console.message(f"untrained: {untrained.bits_per_byte:.3f} bits/byte; now training")
         outcome = trainer.train()
     if outcome.evaluation is None:
-        print(f"interrupted; go on with: moesys resume {run}")
+        print(f"interrupted; go on with: .venv/bin/moesys resume {run}")
         return 130
 
     export = run / "export"

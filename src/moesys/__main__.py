@@ -1,4 +1,4 @@
-"""``python -m moesys``, which is also what ``torchrun -m moesys`` runs."""
+"""``python -m moesys``."""
 
 from moesys.cli import main
 

@@ -14,6 +14,12 @@ def read_cache_dir() -> Path:
     return Path(base) / "moesys"
 
 
+def read_world_size() -> int:
+    """How many processes torchrun has started: ``WORLD_SIZE``; 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() else 1
+
+
 def read_debug() -> bool:
     """Whether errors print a traceback: ``MOESYS_DEBUG=1``, the twin of ``--debug``."""
     return os.environ.get("MOESYS_DEBUG", "") not in ("", "0")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moesys.checkpoint import hf, load_model, save_model
 from moesys.inference import Engine, SequenceStep
-from moesys.models import Decoder, DocumentAttend
+from moesys.models import Decoder, DocumentAttend, choose_family
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,15 +43,24 @@ CASES = {
         "Qwen3Moe",
         QWEN3 | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 5},
     ),
+    "qwen3-wide-heads-long-waves": (
+        "Qwen3Moe",
+        QWEN3 | {"head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "qwen3-one-kv-head-one-expert": (
+        "Qwen3Moe",
+        QWEN3 | {"num_key_value_heads": 1, "num_experts_per_tok": 1},
+    ),
     "mixtral": ("Mixtral", MIXTRAL),
+    "mixtral-heads-from-the-width": ("Mixtral", MIXTRAL | {"head_dim": None, "num_key_value_heads": 4}),
     "mixtral-window-tied": ("Mixtral", MIXTRAL | {"sliding_window": 4, "tie_word_embeddings": True}),
 }
 
 
-def make_theirs(name: str) -> Any:
+def make_theirs(name: str, **implementation: str) -> Any:
     family, keys = CASES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**keys, attn_implementation="eager")
+    config = getattr(transformers, f"{family}Config")(**keys, attn_implementation="eager", **implementation)
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
@@ -73,31 +82,35 @@ def theirs(request: pytest.FixtureRequest) -> Any:
     return make_theirs(request.param)
 
 
-def test_loads_with_the_same_logits(theirs: Any, tmp_path: Path) -> None:
-    theirs.save_pretrained(tmp_path)
+@pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
+def test_loads_with_the_same_logits(theirs: Any, tmp_path: Path, max_shard_size: str) -> None:
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / hf.INDEX_NAME).exists() == (max_shard_size == "20KB")
     tokens = make_tokens()
     with torch.no_grad():
         assert_same(compute_logits(load_model(tmp_path), tokens), theirs(tokens).logits)
 
 
+@pytest.mark.parametrize("max_shard_bytes", [2**31, 20_000])
 def test_written_folders_load_in_transformers(
-    theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_bytes: int
 ) -> None:
-    """In several shards, which is also the index's test."""
-    monkeypatch.setattr(hf, "_MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hf, "_MAX_SHARD_BYTES", max_shard_bytes)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
     exported = save_model(ours, tmp_path / "ours", torch.float32, {})
-    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    files = sorted(path.name for path in (tmp_path / "ours").iterdir())
+    assert sorted(exported.files) == files
+    assert ("model.safetensors" in files) == (hf.INDEX_NAME not in files) == (max_shard_bytes > 20_000)
     assert exported.family.model_type == theirs.config.model_type
     tokens = make_tokens()
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
     with torch.no_grad():
         assert_same(compute_logits(ours, tokens), again(tokens).logits)
-        assert torch.equal(
-            compute_logits(load_model(tmp_path / "ours"), tokens), compute_logits(ours, tokens)
-        )
+    read_back = load_model(tmp_path / "ours")
+    assert read_back.config == ours.config
+    assert all(torch.equal(a, b) for a, b in zip(read_back.parameters(), ours.parameters(), strict=True))
 
 
 def test_decoding_token_by_token_gives_the_logits_of_one_pass(theirs: Any, tmp_path: Path) -> None:
@@ -114,27 +127,44 @@ def test_decoding_token_by_token_gives_the_logits_of_one_pass(theirs: Any, tmp_p
         assert_same(torch.cat(logits), theirs(torch.tensor([tokens])).logits[0])
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-dense-layers-and-biases", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3-unnormalised-tied", "qwen3-dense-layers-and-biases", "qwen3-window", "mixtral"]
+)
 def test_gradients_of_a_training_step_are_the_same(name: str, tmp_path: Path) -> None:
+    """Gradients travel as a checkpoint, so that every tensor is compared under its own name."""
     theirs = make_theirs(name)
-    theirs.save_pretrained(tmp_path)
-    ours = load_model(tmp_path).requires_grad_(True)
+    theirs.save_pretrained(tmp_path / "weights")
+    ours = load_model(tmp_path / "weights").requires_grad_(True)
     tokens = make_tokens()
     for logits in (compute_logits(ours, tokens), theirs(tokens).logits):
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    theirs_grads = dict(theirs.named_parameters())
-    assert_same(ours.embedding.weight.grad, theirs_grads["model.embed_tokens.weight"].grad)
-    for layer, block in enumerate(ours.blocks):
-        prefix = f"model.layers.{layer}"
-        q_rows = block.attention.config.num_heads * block.attention.config.head_dim
-        q_grad = theirs_grads[f"{prefix}.self_attn.q_proj.weight"].grad
-        assert_same(block.attention.qkv_proj.weight.grad[:q_rows], q_grad)
-        if f"{prefix}.mlp.gate.weight" in theirs_grads:
-            assert_same(
-                block.feed_forward.router.weight_ED.grad, theirs_grads[f"{prefix}.mlp.gate.weight"].grad
-            )
-            down_grad = theirs_grads[f"{prefix}.mlp.experts.down_proj"].grad
-            assert_same(block.feed_forward.experts.down_EDF.grad, down_grad)
+    for parameter in (*ours.parameters(), *theirs.parameters()):
+        assert parameter.grad is not None
+        parameter.data = parameter.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    expected = load_model(tmp_path / "gradients")
+    for (label, found), (_, reference) in zip(
+        choose_family(ours.config).iterate_tensors(ours),
+        choose_family(ours.config).iterate_tensors(expected),
+        strict=True,
+    ):
+        assert "experts" in label or reference.any(), label
+        assert_same(found, reference)
+
+
+def test_bfloat16_keeps_the_routers_in_float32(tmp_path: Path) -> None:
+    theirs = make_theirs("qwen3", experts_implementation="eager")
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path, torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "router" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "router" not in name} == {torch.bfloat16}
+    tokens = make_tokens()
+    with torch.no_grad():
+        exact = theirs(tokens).logits
+        rounded = compute_logits(model, tokens).float()
+        limit = 1.5 * (theirs.bfloat16()(tokens).logits.float() - exact).square().mean().sqrt()
+    assert (rounded - exact).square().mean().sqrt() <= limit
 
 
 def test_the_older_place_of_rope_theta_is_read(tmp_path: Path) -> None:

@@ -235,3 +235,11 @@ def test_tape_replays_the_recorded_experts() -> None:
     _, free = layer(x, execution)
     assert torch.equal(replayed.expert_ids, recorded.expert_ids)
     assert not torch.equal(free.expert_ids, recorded.expert_ids)
+
+
+def test_autocast_before_the_layer_is_fine() -> None:
+    """The layer before hands over bfloat16; the experts compute in their own dtype and the result goes back."""
+    layer = MoELayer(8, MoEConfig(num_experts=4, top_k=2, intermediate_size=6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = layer(torch.nn.Linear(8, 8)(torch.randn(3, 8)))
+    assert y.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ import torch
 from tiny_runs import STEPS, resume, start
 
 from moesys.checkpoint import FileSystem, load_newest_checkpoint
-from moesys.errors import CheckpointError, DataError, DiskSpaceError, NonFiniteError
+from moesys.errors import CheckpointError, ConfigError, DataError, DiskSpaceError, NonFiniteError
 from moesys.training import PlainConsole, Trainer
 from moesys.training.metrics import read_metrics
 from moesys.training.step import StepResult
@@ -93,12 +93,51 @@ def test_these_runs_cross_an_epoch(corpus: Path, tmp_path: Path) -> None:
 
 def test_skipped_steps_in_a_row_are_counted_across_a_resume(corpus: Path, tmp_path: Path) -> None:
     more = ("training.max_skipped_steps=3", "training.checkpoint_every=2")
-    for number, resumed_step in enumerate([0, 2]):
-        trainer = start(corpus, tmp_path / "run", *more) if number == 0 else resume(tmp_path / "run")
-        assert trainer.step == resumed_step
+    for first_step, last_step in [(0, 3), (3, 4)]:
+        trainer = start(corpus, tmp_path / "run", *more) if first_step == 0 else resume(tmp_path / "run")
+        assert trainer.step == first_step
         trainer.model.final_norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
-        with pytest.raises(NonFiniteError, match=r"3 steps in a row .* up to step 3;"):
+        with pytest.raises(NonFiniteError, match=rf"3 steps in a row .* up to step {last_step};") as caught:
             trainer.train()
+        assert (
+            f"the last good state is in {tmp_path / 'run' / 'checkpoints' / f'step-{last_step:08d}'}"
+            in str(caught.value)
+        )
+
+
+def test_a_run_that_died_before_its_first_checkpoint_goes_on_from_step_0(
+    corpus: Path, tmp_path: Path
+) -> None:
+    start(corpus, tmp_path / "straight").train()
+    start(corpus, tmp_path / "died").take_step()
+    trainer = resume(tmp_path / "died")
+    assert trainer.step == 0
+    trainer.train()
+    assert hash_state(tmp_path / "died") == hash_state(tmp_path / "straight")
+
+
+def test_a_run_can_be_resumed_from_another_folder(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(corpus.parent)
+    trainer = start(Path(corpus.name), tmp_path / "run")
+    trainer.take_step()
+    trainer.save()
+    monkeypatch.chdir("/")
+    assert resume(tmp_path / "run").step == 1
+
+
+def test_several_processes_are_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun has started 2"):
+        start(corpus, tmp_path / "run")
+
+
+def test_a_model_that_no_layout_holds_is_announced_before_training(corpus: Path, tmp_path: Path) -> None:
+    output = io.StringIO()
+    config = start(corpus, tmp_path / "a", "model.shared_expert_intermediate_size=8").config
+    Trainer.start(config, tmp_path / "b", PlainConsole(STEPS, output))
+    assert "`moesys export` will refuse it" in output.getvalue()
 
 
 def test_another_config_is_refused_with_a_diff(corpus: Path, tmp_path: Path) -> None:

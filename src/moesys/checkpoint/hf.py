@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from moesys.checkpoint.files import DEFAULT, FileSystem, WrittenFile
 from moesys.checkpoint.safetensors_file import write_safetensors
-from moesys.errors import ModelFormatError
-from moesys.models import FAMILIES, Decoder, Family, choose_family
+from moesys.errors import ModelFormatError, MoesysError
+from moesys.models import FAMILIES, Decoder, DecoderConfig, Family, choose_family
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -43,17 +43,13 @@ def load_model(
 ) -> Decoder:
     """Loads a checkpoint folder into our decoder.
 
-    dtype: of the weights; None keeps the checkpoint's. Routers are float32 always. ``on_progress`` gets
-    (tensors read, tensors). Raises `ModelFormatError` for a folder, family or tensor that does not fit.
+    dtype: of the weights; None keeps the checkpoint's, float32 where that is float16. Routers are float32 always.
+    ``on_progress`` gets (tensors read, tensors). Raises `ModelFormatError` for a folder, family or tensor that does
+    not fit.
     """
     keys = read_config_file(folder)
     family = find_family(keys)
-    try:
-        config = family.read_config(keys)
-    except KeyError as error:
-        raise ModelFormatError(
-            f"{folder / 'config.json'} lacks the key {error} that a {family.model_type} needs"
-        ) from None
+    config = _read_decoder_config(folder / "config.json", family, keys)
     with torch.device("meta"):
         model = Decoder(config)
     _materialise(model, dtype or _read_dtype(keys))
@@ -111,17 +107,9 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         raise ModelFormatError(
             f"{folder} is a training run; export it first: moesys export {folder} --to DIR"
         )
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFormatError(
-            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise ModelFormatError(f"{path} must hold a JSON object")
-    return keys
+    if not path.exists():
+        raise ModelFormatError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    return _read_json(path)
 
 
 def find_family(keys: Mapping[str, Any]) -> Family:
@@ -137,10 +125,21 @@ def find_family(keys: Mapping[str, Any]) -> Family:
     )
 
 
+def _read_decoder_config(path: Path, family: Family, keys: Mapping[str, Any]) -> DecoderConfig:
+    try:
+        return family.read_config(keys)
+    except MoesysError:
+        raise
+    except KeyError as error:
+        raise ModelFormatError(f"{path} lacks the key {error} that a {family.model_type} needs") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ModelFormatError(f"{path} holds a value that no {family.model_type} has: {error}") from None
+
+
 def _read_dtype(keys: Mapping[str, Any]) -> torch.dtype:
     name = keys.get("dtype") or keys.get("torch_dtype") or "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
-    if name not in dtypes:
+    if not isinstance(name, str) or name not in dtypes:
         raise ModelFormatError(
             f"dtype {name!r} in config.json is not supported (supported: {', '.join(dtypes)})"
         )
@@ -162,23 +161,35 @@ def _materialise(model: Decoder, dtype: torch.dtype) -> None:
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Returns the open safetensors file that holds each tensor."""
     index = folder / INDEX_NAME
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [SINGLE_NAME]
     tensors: dict[str, Any] = {}
-    for name in names:
+    for name in _read_index(index) if index.exists() else [SINGLE_NAME]:
         path = folder / name
-        if not path.is_file() or path.parent != folder:
+        if not path.is_file():
             raise ModelFormatError(
-                f"{path} is missing; the weights must be safetensors ({SINGLE_NAME}, or shards with {INDEX_NAME})"
+                f"{path} is missing; the weights must be safetensors ({SINGLE_NAME}, or shards with {INDEX_NAME}); "
+                ".bin files are pickles, which moesys never reads"
             )
         try:
             handle = stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
             raise ModelFormatError(f"{path} is not a whole safetensors file: {error}") from None
-        tensors.update(dict.fromkeys(handle.keys(), handle))
+        names = handle.keys()
+        if twice := sorted(tensors.keys() & set(names)):
+            raise ModelFormatError(f"{path} holds tensors that another shard holds too: {twice[:3]}")
+        tensors.update(dict.fromkeys(names, handle))
     return tensors
+
+
+def _read_index(path: Path) -> list[str]:
+    """Returns the shards that an index names; raises `ModelFormatError` for one outside its folder."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelFormatError(f"{path} must map tensors to files in a JSON object named weight_map")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelFormatError(f"{path} names the file {name!r}; shards must lie in its own folder")
+    return names
 
 
 def _check_names(folder: Path, tensors: Mapping[str, Any], expected: set[str], *, is_tied: bool) -> None:
@@ -197,6 +208,8 @@ def _copy_tensor(name: str, handle: Any, view: Tensor) -> None:
         raise ModelFormatError(
             f"{name} has shape {tuple(source.shape)}, config.json asks for {tuple(view.shape)}"
         )
+    if not source.is_floating_point():
+        raise ModelFormatError(f"{name} is stored as {source.dtype}; quantised weights are not supported")
     view.copy_(source)
 
 
@@ -223,11 +236,16 @@ def _write_index(
     )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise ModelFormatError(f"{path} must hold a JSON object")
+    return keys
+
+
 def _write_json(path: Path, value: Mapping[str, Any], files: FileSystem) -> WrittenFile:
     contents = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
     return files.write_new_file(path, [contents], len(contents))
-
-
-def iterate_weight_files(folder: Path) -> Iterator[Path]:
-    """Yields the safetensors files of a model folder."""
-    yield from sorted(folder.glob("*.safetensors"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moesys.checkpoint.hf import load_model
+from moesys.checkpoint.hf import load_model, read_config_file
 from moesys.data import Tokenizer
 from moesys.errors import ModelFormatError
 from moesys.models import Decoder
@@ -28,8 +28,10 @@ def load_text_model(folder: Path, dtype: str | None = None) -> TextModel:
 
     Raises `ModelFormatError` or `DataError`.
     """
-    decoder = load_model(folder, None if dtype is None else parse_dtype(dtype))
+    weights_dtype = None if dtype is None else parse_dtype(dtype)
+    read_config_file(folder)
     tokenizer = Tokenizer.load(folder)
+    decoder = load_model(folder, weights_dtype)
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise ModelFormatError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model embeds "

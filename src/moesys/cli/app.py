@@ -64,6 +64,9 @@ def main() -> None:
         app()
     except MoesysError as error:
         _fail(f"error: {error}")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"error: {place}{error.strerror or error}; check the disk space and permissions there")
     except Exception as error:  # noqa: BLE001  the last wall: anything here is a defect of moesys
         _fail(
             f"error: unexpected {type(error).__name__}: {error}\n"

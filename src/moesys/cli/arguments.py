@@ -22,7 +22,15 @@ ConfigArguments = Annotated[
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model folder in Hugging Face layout.")
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        help="Tokens to write at most.",
+        show_default="128, or what the model's context leaves",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="Randomness; 0 always takes the most probable token.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.", show_default="all")]
 TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this probability.")]

@@ -24,7 +24,7 @@ from moesys.cli.arguments import (
 def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
-    max_new_tokens: MaxNewTokens = 128,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     top_p: TopP = 1.0,

@@ -113,6 +113,12 @@ class Tokenizer:
         return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
+    def special_names(self) -> tuple[str, ...]:
+        """The names of the special tokens, which `encode` reads as ordinary text."""
+        tokens = self._inner.get_added_tokens_decoder()
+        return tuple(token.content for token in tokens.values() if token.special)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides the token ids, hexadecimal."""
         content = f"{self._end_of_text}\n{self._inner.to_str()}"

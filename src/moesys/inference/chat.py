@@ -4,10 +4,12 @@ session that answers line by line."""
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -15,10 +17,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from moesys.data import Tokenizer
 from moesys.errors import GenerationError, ModelFormatError
 from moesys.inference.engine import Engine
-from moesys.inference.generate import Generation
+from moesys.inference.generate import DEFAULT_NEW_TOKENS, Generation
 from moesys.inference.sampling import SamplingParams
 
 _MAX_TEMPLATE_CHARS = 65536
+_TEMPLATE_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class Message(NamedTuple):
@@ -32,6 +43,8 @@ class Message(NamedTuple):
 class ChatFormat:
     """How a conversation becomes a prompt.
 
+    A template cannot reach Python objects or files; a hostile one can still waste time and memory.
+
     template:      a Jinja2 chat template; None writes a transcript of ``User:`` and ``Assistant:`` turns.
     stop_strings:  what ends the assistant's turn beside the end-of-text token.
     special_tokens: ``bos_token`` and ``eos_token`` as templates expect them.
@@ -43,27 +56,29 @@ class ChatFormat:
 
     @classmethod
     def load(cls, folder: Path) -> ChatFormat:
-        """Reads a model folder's chat template; without one the transcript format is returned."""
-        path = folder / "tokenizer_config.json"
-        keys = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        """Reads a model folder's chat template; without one the transcript format is returned.
+
+        Raises `ModelFormatError` for files that cannot be read as what they should be.
+        """
+        keys = _read_tokenizer_config(folder / "tokenizer_config.json")
         standalone = folder / "chat_template.jinja"
-        template = (
-            standalone.read_text(encoding="utf-8") if standalone.exists() else keys.get("chat_template")
-        )
+        template = _read_text(standalone) if standalone.exists() else keys.get("chat_template")
         if template is not None and (not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARS):
             raise ModelFormatError(
                 f"the chat template of {folder} must be one text of at most {_MAX_TEMPLATE_CHARS} characters"
             )
-        tokens = {name: keys[name] for name in ("bos_token", "eos_token") if isinstance(keys.get(name), str)}
+        tokens = {name: _name_token(keys.get(name)) for name in ("bos_token", "eos_token")}
         stop = () if template is not None else ("\nUser:",)
-        return cls(template, stop, tokens)
+        return cls(template, stop, {name: token for name, token in tokens.items() if token is not None})
 
     def render(self, messages: Sequence[Message]) -> str:
         """Returns the prompt that asks for the assistant's next turn. Raises `ModelFormatError`."""
         if self.template is None:
             turns = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
             return f"{turns}Assistant:"
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         try:
             return environment.from_string(self.template).render(
                 messages=[m._asdict() for m in messages],
@@ -71,8 +86,22 @@ class ChatFormat:
                 raise_exception=_raise,
                 **self.special_tokens,
             )
-        except TemplateError as error:
+        except _TEMPLATE_FAILURES as error:
             raise ModelFormatError(f"the chat template cannot render this conversation: {error}") from None
+
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """Returns the prompt's tokens. Names of special tokens stand for these where the template writes them; in
+        the content of a message they are ordinary text, so that nobody can forge a turn. Raises `ModelFormatError`.
+        """
+        if self.template is None:
+            return [tokenizer.end_of_text_id, *tokenizer.encode(self.render(messages))]
+        # A mark inside each name keeps it from being one; the prompt is cut there before it is encoded.
+        mark = f"break{secrets.token_hex(8)}"
+        names = "|".join(map(re.escape, tokenizer.special_names)) or "(?!)"
+        starts_of_names = re.compile(f"(?={names})(.)", re.DOTALL)
+        guarded = [m._replace(content=starts_of_names.sub(rf"\1{mark}", m.content)) for m in messages]
+        pieces = self.render(guarded).split(mark)
+        return [token_id for piece in pieces for token_id in tokenizer.encode_with_special_tokens(piece)]
 
 
 class ChatSession:
@@ -84,16 +113,18 @@ class ChatSession:
         tokenizer: Tokenizer,
         chat_format: ChatFormat,
         sampling: SamplingParams,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         system: str | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._format = chat_format
         self._sampling = sampling
-        self._max_new_tokens = max_new_tokens
+        half_context = engine.model.config.max_positions // 2
+        self._max_new_tokens = max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, half_context))
         self._messages = [] if system is None else [Message("system", system)]
         self._last: Generation | None = None
+        self._num_left_out = 0
 
     def answer(self, text: str) -> Iterator[str]:
         """Yields the assistant's turn in pieces; the turn joins the conversation when it is complete.
@@ -118,26 +149,49 @@ class ChatSession:
 
     def describe_last(self) -> str:
         """One line of figures on the last answer."""
-        return "" if self._last is None or self._last.stats is None else self._last.stats.describe()
+        if self._last is None or self._last.stats is None:
+            return ""
+        left_out = f"; the oldest {self._num_left_out} messages did not fit" if self._num_left_out else ""
+        return f"{self._last.stats.describe()}{left_out}"
 
     def _fit_prompt(self, turns: list[Message]) -> list[int]:
         limit = self._engine.model.config.max_positions - self._max_new_tokens
         num_system = 1 if turns[0].role == "system" else 0
         prompt_ids: list[int] = []
         for first in range(num_system, len(turns), 2):
-            prompt_ids = self._encode(turns[:num_system] + turns[first:])
+            prompt_ids = self._format.encode(turns[:num_system] + turns[first:], self._tokenizer)
             if len(prompt_ids) <= limit:
+                self._num_left_out = first - num_system
                 return prompt_ids
         raise GenerationError(
             f"the message needs {len(prompt_ids)} tokens and {self._max_new_tokens} are reserved for the answer, but "
             f"the model was made for {self._engine.model.config.max_positions}; write less or lower --max-new-tokens"
         )
 
-    def _encode(self, turns: list[Message]) -> list[int]:
-        prompt = self._format.render(turns)
-        if self._format.template is None:
-            return [self._tokenizer.end_of_text_id, *self._tokenizer.encode(prompt)]
-        return self._tokenizer.encode_with_special_tokens(prompt)
+
+def _read_tokenizer_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        keys = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ModelFormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise ModelFormatError(f"{path} must hold a JSON object")
+    return keys
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelFormatError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _name_token(token: object) -> str | None:
+    """Returns the name of a token that is written as a name, or as an object that holds it as ``content``."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def _raise(message: str) -> NoReturn:

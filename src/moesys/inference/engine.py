@@ -25,11 +25,13 @@ class SequenceStep:
 
     start:      position of the first of them; at most the number of tokens already cached.
     token_ids:  one or more tokens.
+    num_logits: of how many of the last tokens logits are wanted; None for all of them.
     """
 
     sequence_id: int
     start: int
     token_ids: Sequence[int]
+    num_logits: int | None = None
 
 
 class Engine:
@@ -61,37 +63,46 @@ class Engine:
         return sequence_id
 
     def close_sequence(self, sequence_id: int) -> None:
-        """Frees a sequence's cache."""
-        del self._caches[sequence_id]
+        """Frees a sequence's cache. Raises `GenerationError` when the sequence is not open."""
+        del self._caches[self._check_open(sequence_id)]
 
     @torch.no_grad()
     def step(self, steps: Sequence[SequenceStep]) -> list[Tensor]:
         """Runs the new tokens of every sequence in one pass.
 
-        Returns for each record the (new tokens, vocabulary) logits. Raises `GenerationError` for a record that
-        does not fit its sequence; no cache has changed then.
+        Returns for each record the (wanted tokens, vocabulary) logits. Raises `GenerationError` for a record that
+        does not fit its sequence; no cache has changed then. After any other failure, such as lack of memory, each
+        sequence holds the tokens before its ``start``.
         """
         spans = self._plan_spans(steps)
+        wanted = [len(step.token_ids) if step.num_logits is None else step.num_logits for step in steps]
+        for span in spans:
+            span.cache.length = span.past
         device = self.model.embedding.weight.device
         token_ids = torch.tensor([t for step in steps for t in step.token_ids], device=device)
-        positions = torch.cat([torch.arange(s.past, s.past + s.end - s.start, device=device) for s in spans])
+        positions = torch.cat([torch.arange(span.past, span.stop, device=device) for span in spans])
         output = self.model(token_ids[None], positions[None], CachedAttend(spans), self._execution)
         for span in spans:
-            span.cache.length = span.past + span.end - span.start
-        logits_TV = self.model.compute_logits(output.hidden_BSD[0])
-        return [logits_TV[span.start : span.end] for span in spans]
+            span.cache.length = span.stop
+        hidden = [
+            output.hidden_BSD[0, span.end - n : span.end] for span, n in zip(spans, wanted, strict=True)
+        ]
+        return list(self.model.compute_logits(torch.cat(hidden)).split(wanted))
+
+    def _check_open(self, sequence_id: int) -> int:
+        if sequence_id not in self._caches:
+            raise GenerationError(f"sequence {sequence_id} is not open; open ones: {sorted(self._caches)}")
+        return sequence_id
 
     def _plan_spans(self, steps: Sequence[SequenceStep]) -> list[Span]:
+        if not steps:
+            raise GenerationError("a step needs the new tokens of at least one sequence")
         if len({step.sequence_id for step in steps}) != len(steps):
             raise GenerationError("a sequence may occur once in a step; put its new tokens in one record")
         spans: list[Span] = []
         start = 0
         for step in steps:
-            cache = self._caches.get(step.sequence_id)
-            if cache is None:
-                raise GenerationError(
-                    f"sequence {step.sequence_id} is not open; open ones: {sorted(self._caches)}"
-                )
+            cache = self._caches[self._check_open(step.sequence_id)]
             _check_step(step, cache, self.model.config.vocab_size)
             spans.append(Span(cache, start, start + len(step.token_ids), step.start))
             start += len(step.token_ids)
@@ -109,7 +120,12 @@ def _check_step(step: SequenceStep, cache: SequenceCache, vocab_size: int) -> No
     if step.start + len(step.token_ids) > cache.capacity:
         raise GenerationError(
             f"sequence {step.sequence_id}: {step.start + len(step.token_ids)} tokens do not fit its capacity "
-            f"({cache.capacity})"
+            f"({cache.capacity}); open it with a larger one"
+        )
+    if step.num_logits is not None and not 1 <= step.num_logits <= len(step.token_ids):
+        raise GenerationError(
+            f"sequence {step.sequence_id}: num_logits ({step.num_logits}) must be 1 to the number of new tokens "
+            f"({len(step.token_ids)})"
         )
     if not all(0 <= token_id < vocab_size for token_id in step.token_ids):
         raise GenerationError(

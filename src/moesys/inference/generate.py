@@ -13,6 +13,8 @@ from moesys.inference.engine import Engine, SequenceStep
 from moesys.inference.sampling import SamplingParams, sample_token
 from moesys.inference.text import TextStream
 
+DEFAULT_NEW_TOKENS = 128
+
 
 class FinishReason(StrEnum):
     """Why a generation ended."""
@@ -24,7 +26,11 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """How fast a generation ran."""
+    """How fast a generation ran; the time that the reader takes between pieces is not in it.
+
+    prefill_s:  seconds until the first new token was drawn.
+    decode_s:   seconds for the others.
+    """
 
     prompt_tokens: int
     new_tokens: int
@@ -46,7 +52,11 @@ class GenerationStats:
 
 
 class Generation:
-    """A generation in progress: iterate over it for pieces of text, then read ``stats``."""
+    """A generation in progress: iterate over it, once, for pieces of text, then read ``stats``.
+
+    Raises `GenerationError` here for settings that cannot be used, and when iterated for a prompt that does not fit
+    the model or for logits that are not numbers.
+    """
 
     def __init__(
         self,
@@ -67,7 +77,7 @@ class Generation:
         self._num_prompt = len(prompt_ids)
         self._limit = len(prompt_ids) + max_new_tokens
         self._sampling = sampling
-        self._stream = TextStream(tokenizer.decode, stop_strings)
+        self._stream = TextStream(tokenizer.decode, stop_strings, prompt_ids)
         self.stats: GenerationStats | None = None
         """Set when the iteration has ended."""
 
@@ -77,32 +87,32 @@ class Generation:
         return self._ids[self._num_prompt :]
 
     def __iter__(self) -> Iterator[str]:
+        if self.new_token_ids:
+            raise GenerationError("this generation was iterated before; start a new one")
         sequence_id = self._engine.open_sequence(self._limit)
         try:
-            start = time.perf_counter()
-            self._extend(sequence_id, 0)
-            prefill_end = time.perf_counter()
+            prefill_s, decode_s = self._extend(sequence_id, 0), 0.0
             while True:
                 reason = self._find_finish()
                 if reason is not FinishReason.END_OF_TEXT and (piece := self._stream.push(self._ids[-1])):
                     yield piece
-                reason = FinishReason.STOP_STRING if self._stream.is_stopped else reason
-                if reason is not None:
+                if reason is not None or self._stream.is_stopped:
                     break
-                self._extend(sequence_id, len(self._ids) - 1)
+                decode_s += self._extend(sequence_id, len(self._ids) - 1)
             if rest := self._stream.finish():
                 yield rest
-            decode_s = time.perf_counter() - prefill_end
-            self.stats = GenerationStats(
-                self._num_prompt, len(self._ids) - self._num_prompt, prefill_end - start, decode_s, reason
-            )
         finally:
             self._engine.close_sequence(sequence_id)
+        if reason is None or self._stream.is_stopped:
+            reason = FinishReason.STOP_STRING
+        self.stats = GenerationStats(self._num_prompt, len(self.new_token_ids), prefill_s, decode_s, reason)
 
-    def _extend(self, sequence_id: int, start: int) -> None:
-        """Runs the tokens from ``start`` on and draws the next one."""
-        [logits_TV] = self._engine.step([SequenceStep(sequence_id, start, self._ids[start:])])
-        self._ids.append(sample_token(logits_TV[-1], self._sampling, len(self._ids), self._ids))
+    def _extend(self, sequence_id: int, start: int) -> float:
+        """Runs the tokens from ``start`` on and draws the next one; returns the seconds that took."""
+        begin = time.perf_counter()
+        [[logits_V]] = self._engine.step([SequenceStep(sequence_id, start, self._ids[start:], num_logits=1)])
+        self._ids.append(sample_token(logits_V, self._sampling, len(self._ids), self._ids))
+        return time.perf_counter() - begin
 
     def _find_finish(self) -> FinishReason | None:
         if self._ids[-1] == self._tokenizer.end_of_text_id:
@@ -115,12 +125,17 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    max_new_tokens: int = 200,
+    max_new_tokens: int | None = None,
     sampling: SamplingParams | None = None,
     stop_strings: Sequence[str] = (),
 ) -> Generation:
-    """Continues a text as if it were the beginning of a document. Iterate over the result for pieces of text."""
+    """Continues a text as if it were the beginning of a document. Iterate over the result for pieces of text.
+
+    max_new_tokens: None writes 128, or fewer where the model's context leaves less.
+    """
     prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, engine.model.config.max_positions - len(prompt_ids)))
     return Generation(
         engine, tokenizer, prompt_ids, max_new_tokens, sampling or SamplingParams(), stop_strings
     )

@@ -3,6 +3,8 @@ sequence's tokens do not depend on its neighbours, on chunking or on a restart."
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,8 @@ from moesys.errors import GenerationError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is drawn. The filters apply in the order of the fields, after the temperature."""
+    """How a token is drawn: the repetition penalty, the temperature, then ``top_k``, ``top_p`` and ``min_p`` in this
+    order, each on the probabilities that the one before has left, scaled to sum to one. Raises `GenerationError`."""
 
     temperature: float = 0.8
     """Divides the logits; 0 takes the most probable token."""
@@ -29,11 +32,16 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more, and finite")
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "1 or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(0 <= self.min_p < 1, "min_p", self.min_p, "in [0, 1)")
-        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
+        _require(
+            0 < self.repetition_penalty < math.inf,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "more than 0, and finite",
+        )
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
             raise GenerationError(
                 "top_k, top_p and min_p have no effect at temperature 0, which takes the most probable token; "
@@ -42,28 +50,45 @@ class SamplingParams:
 
 
 def sample_token(logits_V: Tensor, params: SamplingParams, position: int, seen_ids: Sequence[int]) -> int:
-    """Draws the token at ``position`` from (vocabulary,) logits; ``seen_ids`` are the sequence's earlier tokens."""
+    """Draws the token at ``position`` from (vocabulary,) logits; ``seen_ids`` are the sequence's earlier tokens.
+
+    Raises `GenerationError` when the logits hold NaN or plus infinity, or nothing but minus infinity.
+    """
     logits_V = logits_V.float()
     if params.repetition_penalty != 1.0:
         logits_V = _penalise(logits_V, seen_ids, params.repetition_penalty)
+    largest = logits_V.max()
+    if not largest.isfinite():
+        raise GenerationError(
+            f"the largest logit of the token at position {position} is {float(largest)}; the weights may hold NaN or "
+            "infinity, or overflow in this dtype: try fp32"
+        )
     if params.temperature == 0:
         return int(logits_V.argmax())
-    probs, ids = (logits_V / params.temperature).softmax(dim=-1).sort(descending=True, stable=True)
-    probs = probs[: _count_kept(probs, params)].double()
-    generator = torch.Generator().manual_seed((params.seed * 0x9E3779B97F4A7C15 + position) % 2**63)
-    threshold = torch.rand((), generator=generator, dtype=torch.float64) * probs.sum().cpu()
-    chosen = int(torch.searchsorted(probs.cumsum(0).cpu(), threshold, right=True))
-    return int(ids[min(chosen, probs.shape[0] - 1)])
+    # float64, and 0 at the top, so that no temperature however small overflows.
+    scaled_V = ((logits_V - largest).double() / params.temperature).float()
+    probs, ids = scaled_V.softmax(dim=-1).sort(descending=True, stable=True)
+    cumulative = _filter(probs.double(), params).cumsum(0).cpu()
+    threshold = draw_uniform(params.seed, position) * cumulative[-1]
+    return int(ids[int(torch.searchsorted(cumulative, threshold, right=True))])
 
 
-def _count_kept(sorted_probs: Tensor, params: SamplingParams) -> int:
-    kept = sorted_probs.shape[0] if params.top_k is None else min(params.top_k, sorted_probs.shape[0])
+def draw_uniform(seed: int, position: int) -> float:
+    """Returns a number in [0, 1) with 53 random bits, a pure function of all bits of its arguments."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def _filter(probs: Tensor, params: SamplingParams) -> Tensor:
+    """Returns the first of the descending probabilities, as many as the parameters keep; one at least."""
+    if params.top_k is not None:
+        probs = probs[: params.top_k]
     if params.top_p < 1:
-        before = sorted_probs.cumsum(0) - sorted_probs
-        kept = min(kept, int((before < params.top_p).sum()))
+        before = probs.cumsum(0) - probs
+        probs = probs[: max(1, int((before < params.top_p * probs.sum()).sum()))]
     if params.min_p > 0:
-        kept = min(kept, int((sorted_probs >= params.min_p * sorted_probs[0]).sum()))
-    return max(1, kept)
+        probs = probs[: int((probs >= params.min_p * probs[0]).sum())]
+    return probs
 
 
 def _penalise(logits_V: Tensor, seen_ids: Sequence[int], penalty: float) -> Tensor:

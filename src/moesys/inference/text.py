@@ -4,53 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from moesys.errors import GenerationError
+
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_CONTEXT_TOKENS = 8
 
 
 class TextStream:
     """Turns tokens into pieces of text as they come.
 
-    Holds back bytes of an unfinished character, and text that may turn out to begin a stop string.
+    Holds back bytes of an unfinished character, and text that may turn out to begin a stop string. Decodes only the
+    tokens since the last-but-one place where a token ended a character: a decoder may join neighbours, but only
+    across such a place. Of several stop strings the one that is complete first counts, however the text is cut
+    into tokens.
+
+    decode:        from tokens to text; unfinished characters at the end become U+FFFD.
+    stop_strings:  none may be empty; `GenerationError` otherwise.
+    prompt_ids:    tokens of whole text before the first one; some decoders drop the space that begins a text.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop_strings: Sequence[str] = (),
+        prompt_ids: Sequence[int] = (),
+    ) -> None:
+        if not all(stop_strings):
+            raise GenerationError("a stop string must not be empty; leave it out")
         self._decode = decode
-        self._stop_strings = [stop for stop in stop_strings if stop]
-        self._token_ids: list[int] = []
-        self._shown_tokens = 0
+        self._stop_strings = tuple(stop_strings)
+        self._window = list(prompt_ids)
+        self._num_whole_tokens = len(self._window)
+        self._num_shown_chars = len(decode(self._window))
         self._held = ""
         self.is_stopped = False
-        """Whether a stop string was met; set by `push`."""
+        """Whether a stop string was met; set by `push` and `finish`."""
 
     def push(self, token_id: int) -> str:
         """Adds a token and returns the text that is now certain."""
-        self._token_ids.append(token_id)
-        fresh = self._decode_fresh(is_final=False)
-        return self._release(fresh, is_final=False)
+        self._window.append(token_id)
+        return self._release(self._decode_fresh(is_final=False), is_final=False)
 
     def finish(self) -> str:
         """Returns what was held back."""
         return self._release(self._decode_fresh(is_final=True), is_final=True)
 
     def _decode_fresh(self, *, is_final: bool) -> str:
-        """Decodes the tokens not yet shown, with some before them, since a decoder may join neighbours."""
-        start = max(0, self._shown_tokens - _CONTEXT_TOKENS)
-        before = self._decode(self._token_ids[start : self._shown_tokens])
-        text = self._decode(self._token_ids[start:])
-        if not is_final and text.endswith(_REPLACEMENT) and len(self._token_ids) - self._shown_tokens < 4:
-            return ""
-        self._shown_tokens = len(self._token_ids)
-        return text[len(before) :]
+        """Returns the text of the window that was not shown before, without an unfinished character at its end."""
+        text = self._decode(self._window)
+        whole = text if is_final else text.rstrip(_REPLACEMENT)
+        fresh = whole[self._num_shown_chars :]
+        self._num_shown_chars = max(self._num_shown_chars, len(whole))
+        if len(whole) == len(text):
+            del self._window[: self._num_whole_tokens]
+            self._num_whole_tokens = len(self._window)
+            self._num_shown_chars = len(self._decode(self._window))
+        return fresh
 
     def _release(self, fresh: str, *, is_final: bool) -> str:
         if self.is_stopped:
             return ""
         text, self._held = self._held + fresh, ""
-        ends = [position for stop in self._stop_strings if (position := text.find(stop)) >= 0]
-        if ends:
+        met = [(at + len(stop), at) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        if met:
             self.is_stopped = True
-            return text[: min(ends)]
+            _, start = min(met)
+            return text[:start]
         held = 0 if is_final else self._count_possible_stop(text)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

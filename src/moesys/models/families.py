@@ -6,8 +6,8 @@ list walked in opposite directions. Knows nothing of files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -101,24 +101,23 @@ def _iterate_swiglu(names: FeedForwardNames, gate_up: Tensor, down: Tensor) -> I
 def _read_common(
     keys: Mapping[str, Any], feed_forwards: tuple[MoEConfig | DenseConfig, ...], **attention: Any
 ) -> DecoderConfig:
-    rope = keys.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ModelFormatError(
-            f"rope_type {rope['rope_type']!r} is not supported; only the default rotary embedding is"
-        )
     if keys.get("rope_scaling"):
         raise ModelFormatError(f"rope_scaling {keys['rope_scaling']!r} is not supported; only null is")
     if keys.get("hidden_act", "silu") != "silu":
         raise ModelFormatError(f"hidden_act {keys['hidden_act']!r} is not supported; only 'silu' is")
+    if keys.get("quantization_config"):
+        raise ModelFormatError(
+            f"quantization_config {keys['quantization_config']!r} is not supported; give unquantised weights"
+        )
     num_heads = keys["num_attention_heads"]
     return DecoderConfig(
         vocab_size=keys["vocab_size"],
         hidden_size=keys["hidden_size"],
         attention=AttentionConfig(
             num_heads=num_heads,
-            num_kv_heads=keys.get("num_key_value_heads") or num_heads,
+            num_kv_heads=keys["num_key_value_heads"] or num_heads,
             head_dim=keys.get("head_dim") or keys["hidden_size"] // num_heads,
-            rope_theta=float(rope.get("rope_theta") or keys.get("rope_theta") or 10000.0),
+            rope_theta=_read_rope_theta(keys),
             **attention,
         ),
         feed_forwards=feed_forwards,
@@ -126,6 +125,21 @@ def _read_common(
         tie_embeddings=keys.get("tie_word_embeddings", False),
         max_positions=keys["max_position_embeddings"],
     )
+
+
+def _read_rope_theta(keys: Mapping[str, Any]) -> float:
+    """Reads either place: ``rope_parameters``, or ``rope_theta`` beside the other keys in older files."""
+    rope = keys.get("rope_parameters") or {"rope_theta": keys["rope_theta"]}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type != "default":
+        raise ModelFormatError(
+            f"rope_type {rope_type!r} is not supported; only the default rotary embedding is"
+        )
+    if unknown := sorted(rope.keys() - {"rope_type", "rope_theta"}):
+        raise ModelFormatError(
+            f"rope_parameters {unknown} are not supported; only rope_type and rope_theta are"
+        )
+    return float(rope["rope_theta"])
 
 
 def _write_common(config: DecoderConfig) -> dict[str, Any]:
@@ -165,7 +179,7 @@ def _read_qwen3_moe(keys: Mapping[str, Any]) -> DecoderConfig:
         qk_norm=True,
         qkv_bias=keys.get("attention_bias", False),
         output_bias=keys.get("attention_bias", False),
-        sliding_window=keys.get("sliding_window") if keys.get("use_sliding_window") else None,
+        sliding_window=keys["sliding_window"] if keys.get("use_sliding_window") else None,
     )
 
 
@@ -235,13 +249,21 @@ def _find_common_misfits(config: DecoderConfig) -> list[str]:
     if not shapes:
         misfits.append("it has MoE layers, the model has none (model.num_experts = 0)")
     if len(shapes) > 1:
-        counts = sorted({shape.num_experts for shape in shapes})
         misfits.append(
-            f"its MoE layers all have the same shape, the model's have {counts} experts (model.num_experts)"
+            f"its MoE layers all have the same shape, the model's differ: {_describe_shapes(shapes)}"
         )
+    widths = {layer.intermediate_size for layer in config.feed_forwards if isinstance(layer, DenseConfig)}
+    if len(widths) > 1:
+        misfits.append(f"its dense layers all have the same width, the model's have {sorted(widths)}")
     if any(shape.shared_intermediate_size for shape in shapes):
         misfits.append("it has no shared expert (model.shared_expert_intermediate_size)")
     return misfits
+
+
+def _describe_shapes(shapes: Iterable[MoEConfig]) -> str:
+    """Names the fields in which the shapes differ, with their values."""
+    values = {field.name: {getattr(shape, field.name) for shape in shapes} for field in fields(MoEConfig)}
+    return ", ".join(f"{name} {sorted(found)}" for name, found in values.items() if len(found) > 1)
 
 
 def _find_moe(config: DecoderConfig) -> MoEConfig:

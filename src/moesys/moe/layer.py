@@ -68,13 +68,14 @@ class MoELayer(nn.Module):
             )
         if execution is None:
             execution = Execution(LocalDispatcher(), ResidentSource({self.layer_id: self.experts}))
-        x_TD = x.reshape(-1, hidden_size)
+        # Under autocast the layer before may hand over another dtype than the experts compute in.
+        x_TD = x.reshape(-1, hidden_size).to(self.experts.gate_up_EFD.dtype)
         routing = self._route(x_TD, execution)
         execution.source.hint(self.layer_id, routing)
         y_TD = self._compute_experts(x_TD, routing, execution)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
-        return y_TD.view(x.shape), routing
+        return y_TD.view(x.shape).to(x.dtype), routing
 
     def _route(self, x_TD: Tensor, execution: Execution) -> Routing:
         tape = execution.tape
@@ -95,14 +96,14 @@ class MoELayer(nn.Module):
         so that the order of the sum is the order of the choices and never the order of arrival."""
         y_AD: Tensor | None = None
         for view in execution.source.acquire(self.layer_id, part.rows.offsets):
-            if view.covers_all:
-                y_RD = compute_experts_summed(
-                    part.rows, view, part.weights_A, part.token_sum, execution.kernel
-                )
+            try:
+                if view.covers_all:
+                    return compute_experts_summed(
+                        part.rows, view, part.weights_A, part.token_sum, execution.kernel
+                    )
+                view_y_AD = compute_experts(part.rows, view, execution.kernel)
+            finally:
                 execution.source.release(self.layer_id, view)
-                return y_RD
-            view_y_AD = compute_experts(part.rows, view, execution.kernel)
-            execution.source.release(self.layer_id, view)
             y_AD = view_y_AD if y_AD is None else y_AD + view_y_AD
         if y_AD is None:
             raise ShapeError(f"the expert source yielded no view for layer {self.layer_id}")

@@ -13,7 +13,7 @@ import sys
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _TRIM_BYTES = 2**31 - 1
-_MMAP_BYTES = 2**30
+_MMAP_BYTES = (2**30, 2**25)
 
 
 def keep_freed_memory() -> bool:
@@ -23,4 +23,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)) and bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES))
+    # glibc before 2.35 takes at most 32 MiB here. The other threshold alone would freeze this one at 128 KiB.
+    if not any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP_BYTES):
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from moesys.config import Config, ModelConfig
@@ -62,6 +64,16 @@ def resolve_dtype(config: Config) -> Config:
     faster = choose_faster_dtype(select_device(config.runtime.device))
     name = "bf16" if faster is torch.bfloat16 else "fp32"
     return config.model_copy(update={"training": config.training.model_copy(update={"dtype": name})})
+
+
+def resolve_paths(config: Config) -> Config:
+    """Returns the config with the paths of its data made absolute, so that a run can be resumed from anywhere."""
+    paths = {
+        key: str(Path(value).expanduser().resolve())
+        for key in ("source", "tokenizer")
+        if (value := getattr(config.data, key)) is not None and Path(value).expanduser().exists()
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=paths)}) if paths else config
 
 
 def compute_dtype(config: Config) -> torch.dtype:

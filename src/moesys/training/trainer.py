@@ -12,16 +12,23 @@ from typing import Any
 
 import torch
 
-from moesys.checkpoint import RunState, describe_config_difference, load_newest_checkpoint, save_checkpoint
+from moesys.checkpoint import (
+    RunState,
+    describe_config_difference,
+    list_checkpoints,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
 from moesys.config import Config
 from moesys.data import Batch, HeldoutSet, PreparedData, SequenceLoader, heldout_windows, prepare_data
-from moesys.env import read_cache_dir
-from moesys.errors import CheckpointError, DataError, NonFiniteError
+from moesys.env import read_cache_dir, read_world_size
+from moesys.errors import CheckpointError, ConfigError, DataError, ModelFormatError, NonFiniteError
 from moesys.kernels import Kernel
+from moesys.models import DecoderConfig, choose_family
 from moesys.moe import LoadMeter
 from moesys.planning import measure_gemm_rate
 from moesys.training.allocator import keep_freed_memory
-from moesys.training.build import build_model, compute_dtype, resolve_dtype, select_device
+from moesys.training.build import build_model, compute_dtype, resolve_dtype, resolve_paths, select_device
 from moesys.training.console import Console
 from moesys.training.diagnose import find_first_nonfinite
 from moesys.training.evaluate import Evaluation, evaluate
@@ -107,21 +114,28 @@ class Trainer:
         """Prepares data and model of a new run in the folder ``path``, which is written when both are there."""
         run = RunDirectory(path)
         run.require_unused()
+        _require_one_process()
         select_device(config.runtime.device)
-        config = resolve_dtype(config)
+        config = resolve_paths(resolve_dtype(config))
         data = prepare_data(config.data, read_cache_dir())
         trainer = cls(run, config, data, console)
+        _warn_if_not_exportable(trainer.model.config, console)
         run.create(config, data.tokenizer)
         return trainer
 
     @classmethod
     def resume(cls, path: Path, console: Console) -> Trainer:
         """Opens a run at its newest intact checkpoint; it goes on bit for bit on the same machine and threads."""
+        _require_one_process()
         run = RunDirectory.open(path)
         config = run.load_config()
         data = prepare_data(config.data, read_cache_dir())
         trainer = cls(run, config, data, console)
-        trainer._restore(load_newest_checkpoint(run.checkpoints_folder, on_damage=console.warning))
+        if list_checkpoints(run.checkpoints_folder):
+            trainer._restore(load_newest_checkpoint(run.checkpoints_folder, on_damage=console.warning))
+        else:
+            console.warning(f"no checkpoint was written yet in {run.path}: going on from step 0")
+            drop_after(run.metrics_file, 0)
         return trainer
 
     def describe(self) -> list[str]:
@@ -248,11 +262,12 @@ class Trainer:
         limit = self.config.training.max_skipped_steps
         if self._skipped_in_a_row >= limit:
             place = find_first_nonfinite(self.model, self._load_batches(self.step - 1), self.execution)
+            # Skipped steps have changed nothing, so what is in memory is the last good state.
+            saved = "" if place.startswith("the parameter") else f"; the last good state is in {self.save()}"
             raise NonFiniteError(
                 f"loss or gradients were NaN or Inf in {limit} steps in a row (training.max_skipped_steps), up to "
-                f"step {self.step}; it began in {place}; lower training.learning_rate "
-                f"({self.config.training.learning_rate}) or resume from an earlier checkpoint in "
-                f"{self.run.checkpoints_folder}"
+                f"step {self.step}; it began in {place}{saved}; start a new run with a lower training.learning_rate "
+                f"({self.config.training.learning_rate}) than this one's"
             )
 
     @contextmanager
@@ -351,6 +366,21 @@ class _Log:
         if self._gemm_rate is None:
             self._gemm_rate = measure_gemm_rate(self._trainer._dtype, self._trainer._device)
         return self._gemm_rate
+
+
+def _require_one_process() -> None:
+    world_size = read_world_size()
+    if world_size > 1:
+        raise ConfigError(
+            f"training runs in one process, torchrun has started {world_size} (WORLD_SIZE); start `moesys train` alone"
+        )
+
+
+def _warn_if_not_exportable(config: DecoderConfig, console: Console) -> None:
+    try:
+        choose_family(config)
+    except ModelFormatError as error:
+        console.warning(f"this model trains, but `moesys export` will refuse it: {error}")
 
 
 def _check_same_config(saved: dict[str, Any], current: Config) -> None:

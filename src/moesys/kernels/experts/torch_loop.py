@@ -111,7 +111,7 @@ class _Experts(torch.autograd.Function):
         grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete) if needs_x else None
         grad_weights = None if y_AD is None else torch.zeros_like(weights_A)
         for slot, start, end in ctx.groups:
-            if result_ids is None:
+            if result_ids is None or weights_A1 is None:
                 grad_y_ND = grad[start:end]
             else:
                 grad_y_ND = grad.index_select(0, result_ids[start:end])

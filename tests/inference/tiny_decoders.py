@@ -1,0 +1,65 @@
+"""Decoders and tokenizers small enough for a plain forward pass over everything as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models
+from torch import Tensor
+
+from moesys.data import Tokenizer
+from moesys.data.tokenizer import train_tokenizer
+from moesys.models import (
+    AttentionConfig,
+    Decoder,
+    DecoderConfig,
+    DenseConfig,
+    DocumentAttend,
+    initialize_weights,
+)
+from moesys.moe import MoEConfig
+
+VOCAB = 31
+MAX_POSITIONS = 24
+
+
+def make_decoder(*, vocab_size: int = VOCAB, max_positions: int = MAX_POSITIONS, **attention: Any) -> Decoder:
+    sizes: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True} | attention
+    layers = (MoEConfig(4, 2, 8), DenseConfig(12), MoEConfig(3, 1, 8, normalize_top_k=False))
+    model = Decoder(
+        DecoderConfig(vocab_size, 16, AttentionConfig(**sizes), layers, max_positions=max_positions)
+    )
+    initialize_weights(model, 0, std=0.4)
+    return model.eval()
+
+
+@torch.no_grad()
+def compute_full_logits(model: Decoder, token_ids: Sequence[int]) -> Tensor:
+    """(tokens, vocabulary) logits of one pass over everything, without a cache."""
+    positions = torch.arange(len(token_ids))[None]
+    hidden = model(torch.tensor([list(token_ids)]), positions, DocumentAttend(None)).hidden_BSD
+    return model.compute_logits(hidden[0])
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Numeric equality of fp32."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def make_tokenizer() -> Tokenizer:
+    return train_tokenizer(["to be or not to be", "User: hello\nAssistant: hi", "日本 🙂🙃"] * 4, 300)
+
+
+def make_llama_like_tokenizer() -> tokenizers.Tokenizer:
+    """Decodes as Mixtral's does: byte tokens (id 1 + byte), a marked space, and the first space dropped."""
+    words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁is", "▁x"]
+    vocab = {word: i for i, word in enumerate(words)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return inner
