@@ -1,6 +1,6 @@
 """Groups of rows stretched to a few recurring sizes, for libraries that compile a product per shape.
 
-oneDNN, which multiplies bfloat16 on CPUs, generates code for each new shape (0.5 ms, more than the product of 256
+oneDNN, which multiplies bfloat16 on CPUs, generates code for each new shape (0.4 ms, more than the product of 256
 rows takes) and keeps the last 1024. The number of an expert's rows changes at every step, so almost every product
 would be new. The rows added here have weight zero: they change no result and no gradient.
 """
