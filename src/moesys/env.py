@@ -23,3 +23,8 @@ def read_world_size() -> int:
 def read_debug() -> bool:
     """Whether errors print a traceback: ``MOESYS_DEBUG=1``, the twin of ``--debug``."""
     return os.environ.get("MOESYS_DEBUG", "") not in ("", "0")
+
+
+def read_kernel() -> str:
+    """The implementation that operators use where none is asked for: ``MOESYS_KERNEL``; ``auto`` without it."""
+    return os.environ.get("MOESYS_KERNEL", "") or "auto"

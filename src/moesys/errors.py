@@ -6,6 +6,8 @@ MoesysError
 │   └── IneffectiveOptionError           a key that the user set and that would change nothing
 ├── DataError (ValueError)               a corpus, tokenizer or document that cannot be used
 ├── ShapeError (ValueError)              tensors or sizes that do not fit together
+├── KernelError (ValueError)             a kernel chosen by hand cannot take the call
+├── RoutingError (ValueError)            router logits or routing options that cannot be used
 ├── CheckpointError (RuntimeError)       a checkpoint that cannot be written or read
 │   ├── DamagedCheckpointError           contents differ from the manifest's checksums
 │   └── DiskSpaceError (OSError)         not enough space; the old checkpoint is untouched
@@ -41,6 +43,14 @@ class DataError(MoesysError, ValueError):
 
 class ShapeError(MoesysError, ValueError):
     """Tensors or sizes do not fit together."""
+
+
+class KernelError(MoesysError, ValueError):
+    """A kernel that was chosen by hand cannot take the call."""
+
+
+class RoutingError(MoesysError, ValueError):
+    """Router logits or routing options cannot be used."""
 
 
 class CheckpointError(MoesysError, RuntimeError):
