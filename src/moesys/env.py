@@ -28,3 +28,13 @@ def read_debug() -> bool:
 def read_kernel() -> str:
     """The implementation that operators use where none is asked for: ``MOESYS_KERNEL``; ``auto`` without it."""
     return os.environ.get("MOESYS_KERNEL", "") or "auto"
+
+
+def read_compiler() -> str | None:
+    """The C compiler that builds the native kernels: ``CC``; None to look for one."""
+    return os.environ.get("CC") or None
+
+
+def read_cpu_level() -> str | None:
+    """The CPU level that native kernels are built for: ``MOESYS_CPU_LEVEL``; None for the best of this CPU."""
+    return os.environ.get("MOESYS_CPU_LEVEL") or None

@@ -5,27 +5,41 @@ every other file is one implementation. Tensor names end in shape letters: A ass
 F inner width of an expert, K choices, R rows, S slots or sequence, T tokens, V vocabulary.
 """
 
+from moesys.kernels.choice import Kernel
 from moesys.kernels.cross_entropy import linear_cross_entropy
 from moesys.kernels.experts import (
+    Activation,
+    Adapters,
     BankView,
-    Kernel,
+    ExpertForm,
+    ModuleView,
     Rows,
     TokenSum,
     compute_experts,
     compute_experts_summed,
     sum_rows,
 )
+from moesys.kernels.formats import Int8Product, Int8Weight, pack_int8
+from moesys.kernels.linear import linear
 from moesys.kernels.rms_norm import rms_norm
 from moesys.kernels.rotary import rotate_pairs
 
 __all__ = [
+    "Activation",
+    "Adapters",
     "BankView",
+    "ExpertForm",
+    "Int8Product",
+    "Int8Weight",
     "Kernel",
+    "ModuleView",
     "Rows",
     "TokenSum",
     "compute_experts",
     "compute_experts_summed",
+    "linear",
     "linear_cross_entropy",
+    "pack_int8",
     "rms_norm",
     "rotate_pairs",
     "sum_rows",

@@ -1,0 +1,22 @@
+"""The dense product on a CPU in C: weights are read once, sums are float32, a row's bits never depend on others."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moesys.kernels import native
+from moesys.kernels.experts.records import Weight
+
+ROW_INVARIANT = True
+
+
+def find_obstacle(x: Tensor, weight: Weight, bias: Tensor | None) -> str | None:
+    """Returns why the native kernel cannot take a call, or None."""
+    return native.find_call_obstacle(x, [weight], [bias])
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """See `moesys.kernels.linear.api.linear`."""
+    x_RK = x.reshape(-1, x.shape[-1]).float()
+    y_RN = native.compute_linear(x_RK, weight, None if bias is None else bias.float())
+    return y_RN.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)

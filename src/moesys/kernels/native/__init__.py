@@ -1,0 +1,23 @@
+"""CPU kernels in C, built on first use with the system's compiler. Optional: without one, torch computes."""
+
+from moesys.kernels.native.library import (
+    WeightedSum,
+    WeightFormat,
+    compute_experts,
+    compute_linear,
+    find_call_obstacle,
+    find_format,
+    find_obstacle,
+    read_memory,
+)
+
+__all__ = [
+    "WeightFormat",
+    "WeightedSum",
+    "compute_experts",
+    "compute_linear",
+    "find_call_obstacle",
+    "find_format",
+    "find_obstacle",
+    "read_memory",
+]

@@ -1,0 +1,171 @@
+// Rows of tokens through their experts: up (and gate) product, activation, down product, weighted sum per token.
+//
+// Rows are read where they lie, through their ids. Each phase is cut into (expert, block of weight rows), so that
+// every weight is read from memory once, and the phases are separated by the barrier at the end of each loop.
+#include <stdlib.h>
+
+#include "operands.h"
+
+#define UNITS 32         // inner units per block, two weight rows each with a gate
+#define UNITS_INT8 64    // a whole group, which is rounded where it is computed
+#define LARGEST_UNITS 64
+#define BLOCK_COLUMNS 64
+
+// In the order of `_ACTIVATIONS` in library.py.
+enum activation { SWIGLU, CLAMPED_SWIGLU, GELU, RELU };
+
+typedef struct {
+  activations x;
+  const int64_t *row_ids, *offsets, *slots;
+  int64_t num_experts, num_rows;
+  matrix gate_up, down;
+  const float *gate_up_bias, *down_bias;
+  int32_t activation;
+  float limit, alpha;
+  int64_t inner;
+  activations inner_rows;
+  float *y;
+  const float *weights;
+  const int64_t *positions, *result_offsets;
+  int64_t num_results;
+  float *results;
+  int32_t threads;
+} experts_call;
+
+typedef float unit_rows[TILE_ROWS][LARGEST_UNITS];
+
+INLINE int has_gate(const experts_call *c) { return c->activation == SWIGLU || c->activation == CLAMPED_SWIGLU; }
+
+INLINE vec clamp(vec x, vec low, vec high) {
+  vec_i32 below = x < low, above = x > high;
+  x = (vec)((below & (vec_i32)low) | (~below & (vec_i32)x));
+  return (vec)((above & (vec_i32)high) | (~above & (vec_i32)x));
+}
+
+// gate and up rows to inner activations, in place of `up`.
+static void activate(const experts_call *c, int rows, int units, unit_rows gate, unit_rows up) {
+  for (int i = 0; i < rows; i++) {
+    if (c->activation == GELU) {
+      for (int u = 0; u < units; u++) up[i][u] = 0.5f * up[i][u] * (1.0f + erff(up[i][u] * 0.70710678118654752f));
+      continue;
+    }
+    for (int u = 0; u < units; u += LANES) {
+      vec b = load(up[i] + u);
+      if (c->activation == RELU) {
+        vec_i32 negative = b < 0;
+        store(up[i] + u, (vec)(~negative & (vec_i32)b));
+        continue;
+      }
+      vec a = load(gate[i] + u);
+      if (c->activation == CLAMPED_SWIGLU) {
+        vec limit = splat(c->limit);
+        a = clamp(a, splat(-INFINITY), limit);
+        b = clamp(b, -limit, limit) + 1.0f;
+        store(up[i] + u, a * sigmoid_vec(a * c->alpha) * b);
+      } else {
+        store(up[i] + u, a * sigmoid_vec(a) * b);
+      }
+    }
+  }
+}
+
+// Units [unit, unit + count) of up to TILE_ROWS assignments, products with biases.
+static void multiply_units(const experts_call *c, int64_t slot, int rows, const int64_t ids[], int64_t unit,
+                           int count, unit_rows gate, unit_rows up) {
+  int width = has_gate(c) ? TILE_COLUMNS / 2 : TILE_COLUMNS;
+  const float *bias = c->gate_up_bias ? c->gate_up_bias + slot * c->gate_up.rows : 0;
+  for (int u = 0; u < count; u += width) {
+    int64_t columns[TILE_COLUMNS];
+    float result[TILE_ROWS][TILE_COLUMNS];
+    for (int j = 0; j < TILE_COLUMNS; j++) {
+      int64_t row = least(unit + u + j % width, unit + count - 1);
+      columns[j] = j < width && has_gate(c) ? row : has_gate(c) ? c->inner + row : row;
+    }
+    multiply_tile(&c->x, rows, ids, &c->gate_up, slot, columns, width, result);
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < TILE_COLUMNS; j++) {
+        float *target = j < width && has_gate(c) ? gate[i] : up[i];
+        target[u + j % width] = result[i][j] + (bias ? bias[columns[j]] : 0.0f);
+      }
+  }
+}
+
+static void compute_inner(const experts_call *c, int64_t expert, int64_t unit, int count) {
+  int64_t slot = c->slots[expert];
+  for (int64_t a = c->offsets[expert]; a < c->offsets[expert + 1]; a += TILE_ROWS) {
+    int rows = (int)least(TILE_ROWS, c->offsets[expert + 1] - a);
+    unit_rows gate = {{0}}, up = {{0}};
+    multiply_units(c, slot, rows, c->row_ids + a, unit, count, gate, up);
+    activate(c, rows, count, gate, up);
+    for (int i = 0; i < rows; i++) {
+      float *target = c->inner_rows.values + (a + i) * c->inner_rows.columns + unit;
+      memcpy(target, up[i], 4 * (size_t)count);
+      if (c->down.format != WEIGHT_W8A8) continue;
+      memset(target + count, 0, 4 * (size_t)(num_groups(count) * GROUP - count));
+      round_row(&c->inner_rows, a + i, unit, unit + count);
+    }
+  }
+}
+
+static void compute_outer(const experts_call *c, int64_t expert, int64_t column, int64_t column_end) {
+  int64_t slot = c->slots[expert], hidden = c->down.rows;
+  const float *bias = c->down_bias ? c->down_bias + slot * hidden : 0;
+  for (int64_t a = c->offsets[expert]; a < c->offsets[expert + 1]; a += TILE_ROWS) {
+    int rows = (int)least(TILE_ROWS, c->offsets[expert + 1] - a);
+    int64_t ids[TILE_ROWS];
+    for (int i = 0; i < rows; i++) ids[i] = a + i;
+    for (int64_t j = column; j < column_end; j += TILE_COLUMNS) {
+      int64_t columns[TILE_COLUMNS];
+      float result[TILE_ROWS][TILE_COLUMNS];
+      for (int n = 0; n < TILE_COLUMNS; n++) columns[n] = least(j + n, column_end - 1);
+      multiply_tile(&c->inner_rows, rows, ids, &c->down, slot, columns, TILE_COLUMNS, result);
+      int width = (int)least(TILE_COLUMNS, column_end - j);
+      for (int i = 0; i < rows; i++)
+        for (int n = 0; n < width; n++)
+          c->y[(a + i) * hidden + j + n] = result[i][n] + (bias ? bias[j + n] : 0.0f);
+    }
+  }
+}
+
+static void sum_result(const experts_call *c, int64_t result) {
+  int64_t hidden = c->down.rows;
+  float *target = c->results + result * hidden;
+  memset(target, 0, 4 * (size_t)hidden);
+  for (int64_t p = c->result_offsets[result]; p < c->result_offsets[result + 1]; p++) {
+    float weight = c->weights[c->positions[p]];
+    const float *source = c->y + c->positions[p] * hidden;
+    for (int64_t d = 0; d < hidden; d++) target[d] += weight * source[d];
+  }
+}
+
+// Returns 0, or 1 when there is no memory for the list of experts.
+int moesys_experts(const experts_call *c) {
+  int64_t *busy = malloc(sizeof(int64_t) * (size_t)(c->num_experts + 1));
+  if (!busy) return 1;
+  int64_t num_busy = 0;
+  for (int64_t e = 0; e < c->num_experts; e++)
+    if (c->slots[e] >= 0 && c->offsets[e + 1] > c->offsets[e]) busy[num_busy++] = e;
+  int units = c->down.format == WEIGHT_W8A8 ? UNITS_INT8 : UNITS;
+  int64_t unit_blocks = (c->inner + units - 1) / units;
+  int64_t column_blocks = (c->down.rows + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+  if (c->gate_up.format == WEIGHT_W8A8) round_rows(&c->x, c->num_rows, c->threads);
+#pragma omp parallel num_threads(c->threads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < num_busy * unit_blocks; block++) {
+      int64_t unit = block % unit_blocks * units;
+      compute_inner(c, busy[block / unit_blocks], unit, (int)least(units, c->inner - unit));
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < num_busy * column_blocks; block++) {
+      int64_t column = block % column_blocks * BLOCK_COLUMNS;
+      compute_outer(c, busy[block / column_blocks], column, least(column + BLOCK_COLUMNS, c->down.rows));
+    }
+    if (c->results) {
+#pragma omp for schedule(static)
+      for (int64_t result = 0; result < c->num_results; result++) sum_result(c, result);
+    }
+  }
+  free(busy);
+  return 0;
+}

@@ -1,0 +1,153 @@
+// Vectors of floats in the compiler's own extension: one source for AVX-512, AVX2, SSE2 and NEON.
+//
+// LANES floats per vector. A dot product keeps one partial sum per lane and adds the lanes in one fixed tree, so
+// that its bits depend on the vector width and on nothing else: not on how many rows are computed together.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#define LANES 16
+#define TILE_ROWS 6
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define LANES 8
+#define TILE_ROWS 2
+#else
+#define LANES 4
+#define TILE_ROWS 2
+#endif
+
+// Weight rows computed together. With a gate, half of them are gate rows and half up rows.
+#define TILE_COLUMNS 4
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t vec_i32 __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vec_u32 __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vec_u16 __attribute__((vector_size(2 * LANES)));
+typedef int8_t vec_i8 __attribute__((vector_size(LANES)));
+
+INLINE vec splat(float value) { return value - (vec){0}; }
+
+INLINE vec load(const float *source) {
+  vec v;
+  memcpy(&v, source, sizeof v);
+  return v;
+}
+
+INLINE void store(float *target, vec v) { memcpy(target, &v, sizeof v); }
+
+#if LANES == 16
+INLINE vec load_bf16(const uint16_t *source) {
+  __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)source));
+  return (vec)_mm512_slli_epi32(bits, 16);
+}
+INLINE vec load_i8(const int8_t *source) {
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)source)));
+}
+#elif LANES == 8
+INLINE vec load_bf16(const uint16_t *source) {
+  __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)source));
+  return (vec)_mm256_slli_epi32(bits, 16);
+}
+INLINE vec load_i8(const int8_t *source) {
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)source)));
+}
+#else
+INLINE vec load_bf16(const uint16_t *source) {
+  vec_u16 half;
+  memcpy(&half, source, sizeof half);
+  return (vec)(__builtin_convertvector(half, vec_u32) << 16);
+}
+INLINE vec load_i8(const int8_t *source) {
+  vec_i8 bytes;
+  memcpy(&bytes, source, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, vec_i32), vec);
+}
+#endif
+
+// Whole numbers in [-127, 127] as bytes.
+INLINE void store_i8(int8_t *target, vec v) {
+#if LANES == 16
+  _mm_storeu_si128((void *)target, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
+#else
+  for (int lane = 0; lane < LANES; lane++) target[lane] = (int8_t)(int32_t)v[lane];
+#endif
+}
+
+// The first `count` elements, zeros behind them.
+INLINE vec load_head(const float *source, int count) {
+  vec v = {0};
+  memcpy(&v, source, 4 * (size_t)count);
+  return v;
+}
+
+INLINE vec load_bf16_head(const uint16_t *source, int count) {
+  uint16_t padded[LANES] = {0};
+  memcpy(padded, source, 2 * (size_t)count);
+  return load_bf16(padded);
+}
+
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_i32){__VA_ARGS__})
+#endif
+
+// Adds the lanes of each of four vectors; result i is the sum of v[i].
+INLINE void sum_lanes_of_4(const vec v[4], float result[4]) {
+#if LANES == 16
+#define LOW 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+  vec first = SHUFFLE(v[0], v[1], LOW) + SHUFFLE(v[0], v[1], HIGH);
+  vec second = SHUFFLE(v[2], v[3], LOW) + SHUFFLE(v[2], v[3], HIGH);
+  vec quads = SHUFFLE(first, second, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+              SHUFFLE(first, second, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  quads += SHUFFLE(quads, quads, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  quads += SHUFFLE(quads, quads, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  quads = SHUFFLE(quads, quads, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  memcpy(result, &quads, 16);
+#undef LOW
+#undef HIGH
+#elif LANES == 8
+  vec first = SHUFFLE(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15);
+  vec second = SHUFFLE(v[2], v[3], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(v[2], v[3], 4, 5, 6, 7, 12, 13, 14, 15);
+  first += SHUFFLE(first, first, 2, 3, 0, 1, 6, 7, 4, 5);
+  second += SHUFFLE(second, second, 2, 3, 0, 1, 6, 7, 4, 5);
+  first += SHUFFLE(first, first, 1, 0, 3, 2, 5, 4, 7, 6);
+  second += SHUFFLE(second, second, 1, 0, 3, 2, 5, 4, 7, 6);
+  result[0] = first[0];
+  result[1] = first[4];
+  result[2] = second[0];
+  result[3] = second[4];
+#else
+  for (int i = 0; i < 4; i++) result[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+#endif
+}
+
+// exp(x) to about 1 ulp in float32: 2^n times a polynomial on [-ln2/2, ln2/2] (coefficients of Cephes' expf).
+INLINE vec exp_vec(vec x) {
+  const vec largest = splat(88.0f), smallest = splat(-87.0f);
+  vec_i32 above = x > largest, below = x < smallest;
+  x = (vec)((above & (vec_i32)largest) | (~above & (vec_i32)x));
+  x = (vec)((below & (vec_i32)smallest) | (~below & (vec_i32)x));
+  const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vec n = (x * 1.44269504088896341f + rounder) - rounder;
+  vec r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  vec_i32 exponent = (__builtin_convertvector(n, vec_i32) + 127) << 23;
+  return p * (vec)exponent;
+}
+
+INLINE vec sigmoid_vec(vec x) { return 1.0f / (1.0f + exp_vec(-x)); }
