@@ -16,8 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -150,11 +150,64 @@ def run_worker(script: Path, arguments: Sequence[str], threads: int, limit_secon
     return Outcome(skipped=record["skipped"]) if "skipped" in record else Outcome(record=record)
 
 
-def _read_status_bytes(field: str) -> int:
+@dataclass
+class Measured:
+    """The records of each system, pass by pass, and who is absent and why."""
+
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def is_out(self, system: str) -> bool:
+        return system in self.skipped or system in self.failed
+
+    def add(self, system: str, outcome: Outcome) -> None:
+        """A system that is skipped or fails in one pass is out of all of them: pairs need every pass."""
+        if outcome.record is not None:
+            self.records.setdefault(system, []).append(outcome.record)
+            return
+        self.records.pop(system, None)
+        if outcome.skipped is not None:
+            self.skipped[system] = outcome.skipped
+        else:
+            self.failed[system] = outcome.failed or "no reason given"
+
+    @property
+    def absence_lines(self) -> list[str]:
+        """``skipped NAME (REASON)`` and ``failed NAME (REASON)``."""
+        skipped = [f"skipped {name} ({reason})" for name, reason in self.skipped.items()]
+        return skipped + [f"failed {name} ({reason})" for name, reason in self.failed.items()]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a call is repeated: at least ``min_calls`` times and ``min_seconds``, but none begins after
+    ``max_seconds`` except the first."""
+
+    min_calls: int = 5
+    min_seconds: float = 0.3
+    max_seconds: float = 2.0
+
+
+def time_calls(call: Callable[[], object], timing: Timing) -> list[float]:
+    """Seconds of each call. The caller has warmed up."""
+    seconds: list[float] = []
+    spent = 0.0
+    while not seconds or (
+        spent < timing.max_seconds and (len(seconds) < timing.min_calls or spent < timing.min_seconds)
+    ):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+        spent += seconds[-1]
+    return seconds
+
+
+def _read_status_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
+        if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}; peak memory is measured on Linux only")
+    raise ValueError(f"/proc/self/status has no {name}; peak memory is measured on Linux only")
 
 
 class PeakMemory:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import lzma
+import math
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from moesys.checkpoint import load_text_model
-from moesys.config import Config, dump_toml, load_config
+from moesys.config import Config, TrainingConfig, dump_toml, load_config, parse_overrides
 from moesys.data import load_documents, split_heldout
 from moesys.inference import Engine, SamplingParams, generate
 from moesys.training import (
@@ -29,6 +30,7 @@ from moesys.training import (
     PlainConsole,
     ReportSummary,
     Trainer,
+    exit_status,
     export_run,
     open_console,
     require_matplotlib,
@@ -76,9 +78,10 @@ def main() -> int:
         untrained = trainer.evaluate(UNTRAINED_TOKENS)
         console.message(f"untrained: {untrained.bits_per_byte:.3f} bits/byte; now training")
         outcome = trainer.train()
-    if outcome.evaluation is None:
+    if outcome.interrupted_by is not None:
         print(f"interrupted; go on with: .venv/bin/moesys resume {run}")
-        return 130
+        return exit_status(outcome.interrupted_by)
+    assert outcome.evaluation is not None
 
     export = run / "export"
     exported = export_run(run, export, None, on_damage=print)
@@ -97,6 +100,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.minutes <= 0:
         parser.error(f"--minutes ({options.minutes}) must be more than 0")
+    if any(key == "training.steps" for key, _ in parse_overrides(options.overrides)):
+        parser.error("training.steps has no effect here: the demo takes the steps that fit --minutes")
     return options
 
 
@@ -109,9 +114,15 @@ def fit_steps(config: Config, seconds: float) -> tuple[Config, float]:
         for _ in range(PROBE_STEPS):
             probe.take_step()
         step_s = (time.perf_counter() - started) / PROBE_STEPS
-    steps = max(config.training.warmup_steps + 10, int(seconds / step_s))
+    steps = max(count_fewest_steps(config.training), int(seconds / step_s))
     training = probe.config.training.model_copy(update={"steps": steps})
     return probe.config.model_copy(update={"training": training}), probe.tokens_per_step / step_s
+
+
+def count_fewest_steps(training: TrainingConfig) -> int:
+    """Returns the steps of the shortest run in which the decay comes after the warm-up."""
+    undecayed = 1 - training.decay_fraction if training.schedule == "wsd" else 1.0
+    return math.ceil((training.warmup_steps + 1) / undecayed) if undecayed > 0 else 1
 
 
 def compress_heldout(config: Config) -> list[Compressed]:
@@ -164,7 +175,7 @@ def summarise(
             ("Data", trainer.data.description),
             ("Parameters", f"{format_count(trainer.model.count_parameters())}, of which "
              f"{format_count(trainer.model.config.num_matmul_parameters_per_token)} multiply each token"),
-            ("Trained on", f"{trainer.step} steps, {format_count(trainer.step * trainer.tokens_per_step)} tokens, "
+            ("Trained on", f"{trainer.step} steps, {format_count(trainer.position.tokens)} tokens, "
              f"{trainer.config.training.dtype}"),
             ("Hardware", f"{environment['cpu']}, {environment['threads']} threads"),
             ("Versions", f"moesys {environment['moesys']} ({environment['git_revision']}), "
@@ -189,7 +200,7 @@ def summarise(
 def print_outcome(
     trainer: Trainer, trained: Evaluation, untrained: Evaluation, compressed: list[Compressed], report: Path
 ) -> int:
-    tokens = trainer.step * trainer.tokens_per_step
+    tokens = trainer.position.tokens
     print(f"\nheld-out text, bits per byte (each file alone; {format_count(tokens)} training tokens):")
     print(f"  {'this model':24s} {trained.bits_per_byte:.3f}")
     print(f"  {'untrained':24s} {untrained.bits_per_byte:.3f}")

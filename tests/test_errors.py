@@ -14,6 +14,8 @@ STANDARD = {
     "IneffectiveOptionError": ValueError,
     "DataError": ValueError,
     "ShapeError": ValueError,
+    "KernelError": ValueError,
+    "RoutingError": ValueError,
     "CheckpointError": RuntimeError,
     "DamagedCheckpointError": RuntimeError,
     "DiskSpaceError": OSError,

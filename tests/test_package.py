@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,10 @@ def test_public_names_are_frozen() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"module 'moesys' has no attribute 'Motor'"):
         _ = moesys.Motor  # type: ignore[attr-defined]
+
+
+def test_the_version_is_the_installed_packages() -> None:
+    assert moesys.__version__ == importlib.metadata.version("moesys")
 
 
 def test_it_is_typed() -> None:

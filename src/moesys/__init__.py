@@ -8,9 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
+    __version__: str
     from moesys.errors import MoesysError
     from moesys.inference import Engine
     from moesys.moe import MoEConfig, MoELayer
@@ -26,6 +25,8 @@ __all__ = ["Engine", "MoEConfig", "MoELayer", "MoesysError", "__version__"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("moesys")
     if name not in _HOMES:
         raise AttributeError(f"module 'moesys' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

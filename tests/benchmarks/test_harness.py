@@ -109,3 +109,39 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     if memory.was_reset:
         memory.reset()
         assert memory.read_bytes() < peak - (32 << 20)
+
+
+@pytest.mark.parametrize(
+    ("timing", "num_calls"),
+    [
+        ({"min_calls": 5, "min_seconds": 0.0}, 5),
+        ({"min_calls": 3, "min_seconds": 10.0}, 10),
+        ({"min_calls": 50, "min_seconds": 0.0, "max_seconds": 4.0}, 4),
+        ({"min_calls": 5, "min_seconds": 0.0, "max_seconds": 0.5}, 1),
+    ],
+    ids=["calls", "seconds", "limit", "one at least"],
+)
+def test_calls_are_timed_until_enough_were_seen(
+    monkeypatch: pytest.MonkeyPatch, timing: dict[str, float], num_calls: int
+) -> None:
+    """Every call takes one second of a clock that only calls move."""
+    now = 0.0
+
+    def call() -> None:
+        nonlocal now
+        now += 1.0
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    settings = {"max_seconds": 100.0, **timing}
+    assert harness.time_calls(call, harness.Timing(**settings)) == [1.0] * num_calls
+
+
+def test_a_system_that_fails_once_is_out_of_every_pass() -> None:
+    measured = harness.Measured()
+    measured.add("a", harness.Outcome(record={"rate": 1}))
+    measured.add("b", harness.Outcome(record={"rate": 2}))
+    measured.add("a", harness.Outcome(failed="broke"))
+    measured.add("c", harness.Outcome(skipped="not here"))
+    assert list(measured.records) == ["b"]
+    assert [measured.is_out(name) for name in "abc"] == [True, False, True]
+    assert measured.absence_lines == ["skipped c (not here)", "failed a (broke)"]

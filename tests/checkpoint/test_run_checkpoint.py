@@ -573,14 +573,17 @@ def write_manifest(folder: Path, text: bytes) -> None:
     (folder / f"manifest-{hashlib.sha256(text).hexdigest()[:16]}.json").write_bytes(text)
 
 
-def test_each_of_300_mutations_is_detected_and_the_previous_one_loads(
-    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "num_mutations", [300, pytest.param(50_000, marks=[pytest.mark.long, pytest.mark.timeout(900)])]
+)
+def test_each_mutation_is_detected_and_the_previous_one_loads(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch, num_mutations: int
 ) -> None:
     monkeypatch.setattr(run_checkpoint, "MAX_SHARD_BYTES", 8000)
     base, scratch = memory_path / "base", memory_path / "scratch"
     for step in (1, 2):
         save_checkpoint(base, make_state(step), keep=2, files=Unsynced())
-    for seed in range(300):
+    for seed in range(num_mutations):
         shutil.copytree(base, scratch)
         newest = scratch / "step-00000002"
         what = mutate(newest, scratch / "step-00000001", random.Random(seed))
@@ -760,6 +763,36 @@ def test_a_selection_loads_some_tensors_and_casts_them(tmp_path: Path) -> None:
     assert loaded.keys() == {"model.a", "model.n"}
     assert torch.equal(loaded["model.a"], tensors["model.a"].bfloat16())
     assert torch.equal(loaded["model.n"], tensors["model.n"])
+
+
+def test_tensors_are_read_into_the_memory_that_fits_them(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(3, 4), "c": torch.randn(2), "d": torch.randn(2, 2)}
+    save_checkpoint(tmp_path, RunState(1, 2, tensors, {}), keep=2)
+    destinations = {
+        "a": torch.zeros(3, 4),
+        "b": torch.zeros(3, 4, dtype=torch.float64),
+        "c": torch.zeros(3),
+        "d": torch.zeros(2, 4)[:, ::2],
+    }
+    loaded = load_newest_checkpoint(
+        tmp_path, on_damage=pytest.fail, selection=Selection(destinations=destinations)
+    ).tensors
+    assert {name for name in loaded if loaded[name] is destinations[name]} == {"a"}
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_memory_that_a_damaged_file_has_filled_is_filled_again_from_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        newest = save_checkpoint(tmp_path, RunState(step, 2, {"a": torch.full((4,), step)}, {}), keep=2)
+    [shard] = newest.glob("*.safetensors")
+    contents = bytearray(shard.read_bytes())
+    contents[-1] ^= 1
+    shard.write_bytes(contents)
+    memory, damages = torch.zeros(4, dtype=torch.int64), []
+    selection = Selection(destinations={"a": memory})
+    load_newest_checkpoint(tmp_path, on_damage=damages.append, selection=selection)
+    assert memory.tolist() == [1] * 4
+    assert len(damages) == 1
 
 
 def test_damage_in_a_tensor_that_is_not_selected_is_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,36 @@ def test_a_missing_tokenizer_is_found_before_the_weights_are_read(
 def test_a_run_is_said_to_be_one_though_it_has_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.toml").touch()
     with pytest.raises(ModelFormatError, match="export it first"):
+        load_text_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (None, None, {0}),
+        (5, None, {0, 5}),
+        ([5, 6], None, {0, 5, 6}),
+        (5, {}, {0, 5}),
+        (5, {"eos_token_id": [7, 8]}, {0, 7, 8}),
+        (5, {"eos_token_id": None}, {0}),
+    ],
+)
+def test_stop_tokens_are_those_of_the_generation_config(
+    tmp_path: Path, config: object, generation: object, expected: set[int]
+) -> None:
+    write_folder(tmp_path, 300)
+    keys = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**keys, "eos_token_id": config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert load_text_model(tmp_path).stop_ids == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", -1, [1, "2"], True, {"id": 1}])
+def test_a_stop_token_that_is_no_id_is_refused(tmp_path: Path, value: object) -> None:
+    write_folder(tmp_path, 300)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ModelFormatError, match=r"eos_token_id in .* must be a token id or a list of them"):
         load_text_model(tmp_path)
 
 

@@ -35,7 +35,7 @@ def moesys_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 @pytest.fixture(autouse=True)
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GEMM rate is measured, which takes longer than a tiny run, and the allocator stays as it is."""
-    monkeypatch.setattr("moesys.training.trainer.measure_gemm_rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr("moesys.training.log.measure_gemm_rate", lambda dtype, device: 1e12)
     monkeypatch.setattr("moesys.training.trainer.keep_freed_memory", lambda: False)
 
 

@@ -165,6 +165,34 @@ def test_generating_with_filters_at_temperature_zero(moesys_command: Call, model
     assert answer.out == ""
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_seed_at_temperature_zero(moesys_command: Call, model: Path, command: str) -> None:
+    answer = moesys_command(command, model, "--temperature", "0", "--seed", "0")
+    assert_explained(answer, r"--seed has no effect at temperature 0, .*; raise the temperature or drop it")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--heldout-fraction", "1.5"], r"data.heldout_fraction: Input should be less than 1 \(got 1.5\)"),
+        (["--heldout-fraction", "0"], r"data.heldout_fraction: Input should be greater than 0 \(got 0.0\)"),
+        (["--format", "text"], r"data.format has no effect: data.source is not a file or folder"),
+        (["--text-field", "body"], r"data.text_field has no effect: plain text has no fields"),
+        (["--data", "x", "--format", "word"], r"data.format: Input should be 'auto', 'text', 'jsonl' or"),
+    ],
+)
+def test_evaluation_options_that_cannot_be_used(
+    moesys_command: Call, model: Path, options: list[str], message: str
+) -> None:
+    assert_explained(moesys_command("eval", model, *options), message)
+
+
+def test_a_cache_that_cannot_be_written(train: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("MOESYS_CACHE", str(tmp_path / "cache"))
+    assert_explained(train(), r"the cache entry .* cannot be written \(.*set MOESYS_CACHE to a folder")
+
+
 def test_a_prompt_that_is_too_long(moesys_command: Call, model: Path) -> None:
     answer = moesys_command("generate", model, "-p", "many words " * 30, "-n", "4")
     assert_explained(answer, r"needs \d+ positions, the model was made for 1 to 16; shorten the prompt")

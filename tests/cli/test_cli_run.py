@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 from command_calls import SETTINGS, Call
 
+from moesys.training import Trainer
 from moesys.training.metrics import read_metrics
+from moesys.training.step import StepResult
 
 
 def test_training_says_what_it_does_and_what_comes_next(train: Call, corpus: Path, tmp_path: Path) -> None:
@@ -41,7 +45,25 @@ def test_a_finished_run_resumes_to_its_end(moesys_command: Call, run: Path) -> N
     answer = moesys_command("resume", run)
     assert answer.status == 0
     assert "resumed at step 4" in answer.out
-    assert len(read_metrics(run / "metrics.jsonl").train) == 2
+    assert "this run was finished before: held out" in answer.out
+    metrics = read_metrics(run / "metrics.jsonl")
+    assert (len(metrics.train), len(metrics.evaluations)) == (2, 1)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_is_the_status(
+    train: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
+) -> None:
+    take_step = Trainer.take_step
+
+    def interrupt(trainer: Trainer) -> StepResult:
+        os.kill(os.getpid(), number)
+        return take_step(trainer)
+
+    monkeypatch.setattr(Trainer, "take_step", interrupt)
+    answer = train()
+    assert answer.status == status
+    assert f"step-00000001; go on with: moesys resume {tmp_path / 'run'}" in answer.out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
@@ -94,6 +116,25 @@ def test_evaluating_the_heldout_part_is_what_training_said(
     parsed = json.loads(moesys_command("eval", model, *options).out)
     [evaluation] = read_metrics(run / "metrics.jsonl").evaluations
     assert parsed["bits_per_byte"] == evaluation.heldout_bits_per_byte
+
+
+def test_evaluating_records_takes_their_field(model: Path, tmp_path: Path, moesys_command: Call) -> None:
+    lines = [json.dumps({"body": f"line {i} of a file"}) for i in range(4)]
+    (tmp_path / "records.data").write_text("\n".join(lines))
+    options = ["--data", tmp_path / "records.data", "--format", "jsonl", "--text-field", "body", "--json"]
+    answer = moesys_command("eval", model, *options)
+    assert answer.status == 0, answer.err
+    assert json.loads(answer.out)["num_bytes"] == 4 * len("line 0 of a file")
+
+
+def test_every_stop_token_of_the_folder_ends_a_text(model: Path, moesys_command: Call) -> None:
+    file = model / "generation_config.json"
+    keys = json.loads(file.read_text())
+    file.write_text(json.dumps({**keys, "eos_token_id": list(range(300))}))
+    answer = moesys_command("generate", model, "-p", "line 1", "-n", "6")
+    assert answer.out == "line 1\n"
+    assert "1 new tokens" in answer.err
+    assert "ended by end of text" in answer.err
 
 
 def test_chatting_answers_until_an_empty_line(

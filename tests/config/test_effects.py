@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 
 from moesys.config import (
@@ -24,7 +27,20 @@ IDLE: dict[str, list[str]] = {
     "model.expert_intermediate_size": ["model.num_experts=[0, 0]", "model.expert_intermediate_size=8"],
     "model.shared_expert_intermediate_size": [NO_EXPERTS, "model.shared_expert_intermediate_size=8"],
     "model.normalize_top_k": [NO_EXPERTS, "model.normalize_top_k=false"],
+    "model.top_k_scale": [NO_EXPERTS, "model.top_k_scale=2.5"],
+    "model.router_score": [NO_EXPERTS, "model.router_score=sigmoid"],
+    "model.router_min_score": [NO_EXPERTS, "model.router_min_score=0.2"],
+    "model.expert_groups": [NO_EXPERTS, "model.expert_groups=2"],
+    "model.top_k_groups": ["model.expert_groups=1", "model.top_k_groups=1"],
+    "model.balance_bias_rate": [NO_EXPERTS, "model.balance_bias_rate=0.001"],
+    "model.capacity_factor": [NO_EXPERTS, "model.capacity_factor=1.5"],
+    "model.capacity_formula": ["model.capacity_formula=tutel"],
+    "model.min_capacity": ["model.min_capacity=4"],
+    "model.drop_by": ["model.drop_by=probability"],
+    "model.shared_expert_gate": ["model.shared_expert_gate=true"],
+    "model.residual_expert": [NO_EXPERTS, "model.residual_expert=true"],
     "training.balance_loss": [NO_EXPERTS, "training.balance_loss=0.1"],
+    "training.balance_scope": ["training.balance_loss=0", "training.balance_scope=sequence"],
     "training.router_z_loss": [NO_EXPERTS, "training.router_z_loss=0.1"],
     "runtime.kernel": [NO_EXPERTS, "runtime.kernel=reference"],
     "model.intermediate_size": ["model.num_experts=[4, 8]", "model.intermediate_size=8"],
@@ -33,6 +49,11 @@ IDLE: dict[str, list[str]] = {
     "data.format": ["data.format=text"],
     "data.text_field": ["data.source=folder", "data.format=text", "data.text_field=body"],
     "training.decay_fraction": ["training.decay_fraction=0.5"],
+    "training.final_learning_rate_ratio": [
+        "training.schedule=wsd",
+        "training.decay_fraction=0.0",
+        "training.final_learning_rate_ratio=0.5",
+    ],
     "training.evaluate_tokens": ["training.evaluate_tokens=100"],
     "training.evaluate_every": ["training.steps=100", "training.evaluate_every=101"],
     "training.checkpoint_every": ["training.steps=100", "training.checkpoint_every=101"],
@@ -46,11 +67,18 @@ EFFECTIVE: dict[str, list[str]] = {
         for key in IDLE
         if IDLE[key][0].startswith("model.num_experts=")
     },
+    "model.top_k_groups": ["model.expert_groups=4", "model.top_k_groups=2"],
+    "model.capacity_formula": ["model.capacity_factor=1", "model.capacity_formula=tutel"],
+    "model.min_capacity": ["model.capacity_factor=1", "model.min_capacity=4"],
+    "model.drop_by": ["model.capacity_factor=1", "model.drop_by=probability"],
+    "model.shared_expert_gate": ["model.shared_expert_intermediate_size=8", "model.shared_expert_gate=true"],
+    "training.balance_scope": ["training.balance_scope=sequence"],
     "model.sliding_window": ["model.sliding_window=255", "data.sequence_length=256"],
     "data.vocab_size": ["data.vocab_size=300"],
     "data.format": ["data.source=folder", "data.format=text"],
     "data.text_field": ["data.source=hf:a/b", "data.text_field=body"],
     "training.decay_fraction": ["training.schedule=wsd", "training.decay_fraction=0.5"],
+    "training.final_learning_rate_ratio": ["training.final_learning_rate_ratio=0.5"],
     "training.evaluate_tokens": ["training.evaluate_every=5", "training.evaluate_tokens=100"],
     "training.evaluate_every": ["training.steps=100", "training.evaluate_every=100"],
     "training.checkpoint_every": ["training.steps=100", "training.checkpoint_every=100"],
@@ -85,6 +113,15 @@ def test_rule_is_silent_where_the_key_was_not_set(rule: Rule) -> None:
     config = load_config(overrides=overrides)
     is_idle_by_default = rule.key not in ("training.evaluate_every", "training.checkpoint_every")
     assert (rule in find_idle_rules(config)) is is_idle_by_default
+
+
+@pytest.mark.parametrize(("name", "is_idle"), [("a.txt", True), ("a.py", True), ("a.JSONL", False)])
+def test_a_text_field_of_a_plain_file_has_no_effect(tmp_path: Path, name: str, is_idle: bool) -> None:
+    (tmp_path / name).write_text("{}")
+    overrides = [f'data.source="{tmp_path / name}"', "data.text_field=body"]
+    with pytest.raises(IneffectiveOptionError, match=r"data\.text_field") if is_idle else nullcontext():
+        load_config(overrides=overrides)
+    load_config(overrides=[*overrides, "data.format=jsonl"])
 
 
 def test_a_config_built_in_python_is_judged_by_what_was_set() -> None:

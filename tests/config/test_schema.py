@@ -10,13 +10,15 @@ from moesys.config.load import list_keys
 
 KEYS = {
     "model": "hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size num_experts top_k "
-    "expert_intermediate_size shared_expert_intermediate_size normalize_top_k qk_norm attention_bias "
+    "expert_intermediate_size shared_expert_intermediate_size normalize_top_k top_k_scale router_score "
+    "router_min_score expert_groups top_k_groups balance_bias_rate capacity_factor capacity_formula min_capacity "
+    "drop_by shared_expert_gate residual_expert qk_norm attention_bias "
     "sliding_window rope_theta norm_epsilon tie_embeddings init_std",
     "data": "source format text_field tokenizer vocab_size sequence_length heldout_fraction "
     "attend_across_documents seed",
     "training": "steps batch_sequences micro_batch_sequences learning_rate final_learning_rate_ratio "
     "schedule warmup_steps decay_fraction weight_decay beta1 beta2 epsilon gradient_clip balance_loss "
-    "router_z_loss dtype seed log_every evaluate_every evaluate_tokens checkpoint_every keep_checkpoints "
+    "balance_scope router_z_loss dtype seed log_every evaluate_every evaluate_tokens checkpoint_every keep_checkpoints "
     "max_skipped_steps",
     "memory": "activation_checkpointing loss_chunk_tokens",
     "runtime": "device threads kernel tensorboard",
@@ -74,3 +76,34 @@ def test_gradient_clip_is_a_number() -> None:
 def test_top_k_may_equal_the_smallest_layer() -> None:
     assert ModelConfig(num_experts=[0, 4, 0, 16], top_k=4).top_k == 4
     assert ModelConfig(num_experts=0, top_k=64).experts_per_layer == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expert_groups": 3}, r"num_experts \(8\) must be divisible by expert_groups \(3\); try 1, 2, 4, 8"),
+        ({"expert_groups": 2, "top_k_groups": 3}, r"top_k_groups \(3\) must not exceed expert_groups \(2\)"),
+        (
+            {"expert_groups": 8, "top_k": 2},
+            r"top_k \(2\) must not exceed the 1 experts of 1 of 8 groups; lower top_k or raise top_k_groups",
+        ),
+        (
+            {"router_min_score": 0.1, "capacity_factor": 1.0},
+            r"router_min_score \(0.1\) gives tokens different",
+        ),
+        ({"router_min_score": 0.1, "expert_groups": 2}, r"router_min_score \(0.1\) gives tokens different"),
+        ({"capacity_factor": 0.0}, "greater than 0"),
+    ],
+)
+def test_router_options_that_contradict_each_other_are_refused(
+    options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig.model_validate(options)
+
+
+def test_groups_must_divide_every_layer() -> None:
+    groups = {"expert_groups": 4, "top_k_groups": 2}
+    assert ModelConfig.model_validate({"num_experts": [0, 4, 8, 16], **groups}).expert_groups == 4
+    with pytest.raises(ValidationError, match=r"num_experts \(6\) must be divisible by expert_groups \(4\)"):
+        ModelConfig.model_validate({"num_experts": [8, 6], **groups})

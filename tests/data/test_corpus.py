@@ -104,10 +104,12 @@ def test_hugging_face_dataset_through_its_library(monkeypatch: pytest.MonkeyPatc
         def select_columns(self, names: list[str]) -> list[dict[str, str]]:
             return [{name: row[name] for name in names} for row in self]
 
-    def load_dataset(name: str, split: str) -> Rows:
-        if name != "owner/rows":
+    def load_dataset(path: str, name: str | None, split: str) -> Rows:
+        if path != "owner/rows":
             raise FileNotFoundError("unknown dataset")
         assert split == "train"
+        if name is not None:
+            return Rows([{"text": f"of the subset {name}"}])
         return Rows([{"text": "one", "label": "x"}, {"text": "two", "label": "y"}])
 
     module = ModuleType("datasets")
@@ -117,6 +119,8 @@ def test_hugging_face_dataset_through_its_library(monkeypatch: pytest.MonkeyPatc
         "owner/rows:0": "one",
         "owner/rows:1": "two",
     }
+    [document] = load_documents("hf:owner/rows:small-v1")
+    assert document.text == "of the subset small-v1"
     with pytest.raises(
         DataError, match=r"hf:nobody: the dataset cannot be loaded \(unknown dataset\); check"
     ):

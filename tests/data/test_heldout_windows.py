@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesys.data import IGNORED_TARGET, PackedTokens, heldout_windows
+from moesys.data import IGNORED_TARGET, Batch, PackedTokens, heldout_windows
+from moesys.data import heldout as heldout_module
 from moesys.errors import DataError
 
 
@@ -52,6 +53,25 @@ def test_every_target_is_scored_once(
     assert heldout.num_targets == packed.num_tokens - 1
     assert heldout.num_bytes == packed.num_bytes
     assert heldout.num_documents == len(texts)
+
+
+def test_batches_are_built_when_asked_for(
+    pack: Callable[[list[str]], PackedTokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, build = [], heldout_module._build_batch
+
+    def count(packed: PackedTokens, windows: Sequence[object]) -> Batch:
+        built.append(len(windows))
+        return build(packed, windows)
+
+    monkeypatch.setattr(heldout_module, "_build_batch", count)
+    heldout = heldout_windows(pack(["abcabc" * 5] * 3), 4, 4, batch_sequences=5)
+    assert built == []
+    assert len(heldout.batches) > 2
+    first = next(iter(heldout.batches))
+    assert built == [5]
+    assert torch.equal(heldout.batches[0].token_ids_BS, first.token_ids_BS)
+    assert [b.token_ids_BS.shape[0] for b in heldout.batches[-2:]] == built[-2:]
 
 
 def test_first_window_scores_all_and_later_ones_their_last_stride(

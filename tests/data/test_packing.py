@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -96,6 +98,53 @@ def test_verify_finds_a_changed_token(tokenizer: Tokenizer, tmp_path: Path) -> N
     (entry / "tokens.bin").write_bytes(content)
     with pytest.raises(DataError, match=r"SHA-256 of tokens.bin differs"):
         PackedTokens.open(entry, verify=True)
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "document_starts.npy"])
+def test_an_entry_with_one_flipped_bit_is_rebuilt(
+    file: str, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    packed = pack_documents(DOCUMENTS, tokenizer, tmp_path)
+    expected = packed.tokens.tolist(), packed.document_starts.tolist()
+    (entry,) = tmp_path.iterdir()
+    content = bytearray((entry / file).read_bytes())
+    content[-12 if file.endswith(".npy") else 2] ^= 1
+    (entry / file).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        found = pack_documents(DOCUMENTS, tokenizer, tmp_path)
+    assert "built again" in caplog.text
+    assert (found.tokens.tolist(), found.document_starts.tolist()) == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_an_entry_is_on_the_disk_before_it_has_its_name(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, rename, log = os.fsync, os.rename, []
+
+    def log_fsync(descriptor: int) -> None:
+        log.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def log_rename(source: Path, target: Path) -> None:
+        log.append(("rename", target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "rename", log_rename)
+    pack_documents(DOCUMENTS, tokenizer, tmp_path)
+    (entry,) = tmp_path.iterdir()
+    *synced, named, parent = log
+    assert (named, parent) == (("rename", entry), tmp_path)
+    assert {path.name for path in synced} == {*(file.name for file in entry.iterdir()), entry.name}
+
+
+def test_a_cache_that_cannot_be_written_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(
+        DataError, match=r"the cache entry .*/cache/.* cannot be written \(.*set MOESYS_CACHE"
+    ):
+        pack_documents(DOCUMENTS, tokenizer, tmp_path / "cache")
 
 
 def test_failed_build_leaves_nothing(

@@ -72,6 +72,15 @@ def test_given_tokenizer_is_used(corpus: Path, tmp_path: Path, tokenizer: Tokeni
     assert data.tokenizer.fingerprint == tokenizer.fingerprint
 
 
+def test_a_tokenizer_that_is_handed_over_wins_and_none_is_trained(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesys.data.prepare.train_tokenizer", pytest.fail)
+    for more in ({}, {"tokenizer": str(tmp_path / "gone")}):
+        data = prepare_data(configure(corpus, **more), tmp_path / "cache", tokenizer)
+        assert data.tokenizer is tokenizer
+
+
 def test_damaged_tokenizer_in_the_cache_is_trained_again(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

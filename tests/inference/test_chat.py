@@ -12,7 +12,7 @@ from tiny_decoders import make_decoder, make_tokenizer
 from tokenizers import AddedToken
 
 from moesys.data import Tokenizer
-from moesys.errors import GenerationError, ModelFormatError
+from moesys.errors import DataError, GenerationError, ModelFormatError
 from moesys.inference import ChatFormat, ChatSession, Engine, SamplingParams
 from moesys.inference.chat import Message
 
@@ -145,9 +145,6 @@ def test_a_folder_without_a_template_gives_the_transcript_format(tmp_path: Path)
         ("chat_template.jinja", b"x" * 65537, "one text of at most 65536 characters"),
         ("chat_template.jinja", b"\xff", "not UTF-8"),
         ("tokenizer_config.json", b'{"chat_template": ["a"]}', "must be one text"),
-        ("tokenizer_config.json", b"{", "is not JSON"),
-        ("tokenizer_config.json", b"\xff", "not UTF-8"),
-        ("tokenizer_config.json", b"[]", "must hold a JSON object"),
     ],
 )
 def test_files_that_hold_no_template_are_errors(
@@ -155,6 +152,13 @@ def test_files_that_hold_no_template_are_errors(
 ) -> None:
     (tmp_path / name).write_bytes(contents)
     with pytest.raises(ModelFormatError, match=message):
+        ChatFormat.load(tmp_path)
+
+
+@pytest.mark.parametrize("contents", [b"{", b"\xff", b"[]"])
+def test_a_broken_tokenizer_config_is_an_error(tmp_path: Path, contents: bytes) -> None:
+    (tmp_path / "tokenizer_config.json").write_bytes(contents)
+    with pytest.raises(DataError, match=r"tokenizer_config.json: not a JSON object"):
         ChatFormat.load(tmp_path)
 
 
@@ -175,6 +179,15 @@ def make_session(tokenizer: Tokenizer, max_positions: int, system: str | None = 
     model = make_decoder(vocab_size=tokenizer.vocab_size, max_positions=max_positions)
     spy = SpyFormat("{% for m in messages %}{{ m.content }}|{% endfor %}", (), {})
     return ChatSession(Engine(model), tokenizer, spy, SamplingParams(1.0), 2, system)
+
+
+def test_a_session_ends_an_answer_at_every_stop_token(tokenizer: Tokenizer) -> None:
+    model = make_decoder(vocab_size=tokenizer.vocab_size, max_positions=200)
+    all_ids = frozenset(range(tokenizer.vocab_size))
+    spy = SpyFormat("{{ messages[-1].content }}", (), {})
+    session = ChatSession(Engine(model), tokenizer, spy, SamplingParams(1.0), 5, stop_ids=all_ids)
+    assert "".join(session.answer("one")) == ""
+    assert "1 new tokens" in session.describe_last()
 
 
 def test_a_session_remembers_its_turns(tokenizer: Tokenizer) -> None:

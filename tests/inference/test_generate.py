@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesys.data import Tokenizer
 from moesys.errors import GenerationError
-from moesys.inference import Engine, Generation, SamplingParams, SequenceStep, generate
+from moesys.inference import Engine, Generation, SamplingParams, SequenceStep, Stop, generate
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -71,8 +71,16 @@ def test_end_of_text_ends_it_and_is_not_shown(tokenizer: Tokenizer) -> None:
     assert generation.stats.prompt_tokens == 1 + len(tokenizer.encode("to be"))
 
 
+def test_further_stop_tokens_end_it_and_are_not_shown(tokenizer: Tokenizer) -> None:
+    script = tokenizer.encode("or not")
+    generation = start(tokenizer, script, stop=Stop(token_ids=[script[-1]]))
+    assert "".join(generation) == tokenizer.decode(script[:-1])
+    assert generation.stats is not None
+    assert generation.stats.finish_reason == "end_of_text"
+
+
 def test_a_stop_string_ends_it(tokenizer: Tokenizer) -> None:
-    generation = start(tokenizer, tokenizer.encode("or not\nUser: more"), stop_strings=["\nUser:"])
+    generation = start(tokenizer, tokenizer.encode("or not\nUser: more"), stop=Stop(["\nUser:"]))
     assert "".join(generation) == "or not"
     assert generation.stats is not None
     assert generation.stats.finish_reason == "stop_string"
@@ -95,7 +103,7 @@ def test_the_space_after_the_prompt_is_kept() -> None:
 
 
 def test_a_stop_string_in_the_last_token_is_why_it_ended(tokenizer: Tokenizer) -> None:
-    generation = start(tokenizer, tokenizer.encode("x"), limit=1, stop_strings=["x"])
+    generation = start(tokenizer, tokenizer.encode("x"), limit=1, stop=Stop(["x"]))
     assert "".join(generation) == ""
     assert generation.stats is not None
     assert generation.stats.finish_reason == "stop_string"
@@ -174,9 +182,9 @@ def test_what_cannot_be_generated_says_why(tokenizer: Tokenizer) -> None:
     with pytest.raises(GenerationError, match=r"max_new_tokens \(0\) must be 1 or more"):
         generate(engine, tokenizer, "a", max_new_tokens=0)
     with pytest.raises(GenerationError, match="the prompt has no tokens"):
-        Generation(engine, tokenizer, [], 1, GREEDY, ())
+        Generation(engine, tokenizer, [], 1, GREEDY, Stop())
     with pytest.raises(GenerationError, match="stop string must not be empty"):
-        generate(engine, tokenizer, "a", stop_strings=[""])
+        generate(engine, tokenizer, "a", stop=Stop([""]))
     too_long = generate(engine, tokenizer, "🙃" * MAX_POSITIONS, max_new_tokens=1)
     with pytest.raises(GenerationError, match="the model was made for 1 to 24; shorten the prompt"):
         list(too_long)

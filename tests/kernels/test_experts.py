@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
 import torch
 from expert_cases import (
+    FORMS,
     GRADIENTS,
+    MIXED,
+    ROUTINGS,
+    TRAINABLE,
     Case,
     Choices,
     assert_numeric,
-    compute_weighted_rows,
+    compute,
     make_case,
     make_upstream,
     run,
@@ -23,25 +26,10 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moesys.errors import ShapeError
 from moesys.kernels import BankView, Kernel, Rows, TokenSum, compute_experts, compute_experts_summed
 
-IMPLEMENTATIONS = [kernel for kernel in Kernel if kernel not in (Kernel.AUTO, Kernel.REFERENCE)]
 
-ROUTINGS: dict[str, tuple[Choices, int]] = {
-    **{f"top_{k}_of_4": ([[(t + i) % 4 for i in range(k)] for t in range(6)], 4) for k in range(1, 5)},
-    "empty_experts": ([[1, 3], [3, 1], [1, 3]], 6),
-    "one_takes_all": ([[2], [2], [2], [2], [2]], 4),
-    "one_token": ([[3, 0]], 4),
-    "one_expert": ([[0], [0], [0]], 1),
-    "ragged": ([[2, 0, 1], [], [1], [0, 2], []], 3),
-    "no_assignments": ([[], []], 3),
-    "no_tokens": ([], 3),
-}
-MIXED = ROUTINGS["top_3_of_4"]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS, ids=str)
+@pytest.fixture(params=TRAINABLE, ids=str)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     return request.param
 
@@ -125,7 +113,7 @@ def test_rows_need_not_be_contiguous(kernel: Kernel) -> None:
     strided = wide[:, ::2].requires_grad_()
     assert not strided.is_contiguous()
     y = compute_experts_summed(
-        Rows(strided, case.row_ids, case.offsets), case.view, case.weights_A, case.token_sum, kernel
+        Rows(strided, case.row_ids, case.offsets), case.view, case.weights_A, case.token_sum, kernel=kernel
     )
     (grad_x,) = torch.autograd.grad(y, strided, make_upstream(y))
     expected = run(case, kernel, summed=True)
@@ -140,26 +128,26 @@ def test_upstream_gradient_may_be_expanded(kernel: Kernel) -> None:
     expected = case.x_RD.clone().requires_grad_()
     for leaf, chosen in ((x, kernel), (expected, Kernel.REFERENCE)):
         rows = Rows(leaf, case.row_ids, case.offsets)
-        compute_experts_summed(rows, case.view, case.weights_A, case.token_sum, chosen).sum().backward()
+        compute_experts_summed(
+            rows, case.view, case.weights_A, case.token_sum, kernel=chosen
+        ).sum().backward()
     assert x.grad is not None
     assert expected.grad is not None
     assert_numeric(x.grad, expected.grad, "x")
 
 
 @pytest.mark.parametrize("summed", [False, True], ids=["rows", "summed"])
-def test_gradcheck(kernel: Kernel, summed: bool) -> None:
-    case = make_case([[1, 0], [2], [1, 2]], 4, hidden=2, inner=2)
+@pytest.mark.parametrize("rank", [None, 2], ids=["", "adapters"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(kernel: Kernel, form: str, rank: int | None, summed: bool) -> None:
+    routing = [[1, 0], [2], [1, 2]], 4
+    case = make_case(*routing, hidden=2, inner=2, form=FORMS[form], bias=True, rank=rank)
+    leaves = {name: leaf.requires_grad_() for name, leaf in case.list_leaves().items()}
 
-    def compute(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
-        rows, view = Rows(x, case.row_ids, case.offsets), BankView(gate_up, down)
-        if summed:
-            return compute_experts_summed(rows, view, weights, case.token_sum, kernel)
-        return compute_weighted_rows(rows, view, weights, kernel)
+    def compute_from(*tensors: Tensor) -> Tensor:
+        return compute(case.with_leaves(dict(zip(leaves, tensors, strict=True))), kernel, summed=summed)
 
-    leaves = [
-        t.clone().requires_grad_() for t in (case.x_RD, case.gate_up_SFD, case.down_SDF, case.weights_A)
-    ]
-    assert torch.autograd.gradcheck(compute, leaves)
+    assert torch.autograd.gradcheck(compute_from, tuple(leaves.values()))
 
 
 def run_plain_bf16(case: Case) -> dict[str, Tensor]:
@@ -213,13 +201,6 @@ def test_each_token_and_choice_contributes_exactly_once(routing: tuple[Choices, 
     assert_numeric(run(case, Kernel.TORCH, summed=True)["y"], dense + 0.0, "y")
 
 
-def test_auto_gives_the_bits_of_an_implementation() -> None:
-    case = make_case(*MIXED, dtype=torch.float32)
-    auto = run(case, Kernel.AUTO, summed=True)
-    candidates = [run(case, kernel, summed=True) for kernel in IMPLEMENTATIONS]
-    assert any(all(torch.equal(auto[name], other[name]) for name in auto) for other in candidates)
-
-
 def test_result_ids_invert_the_positions() -> None:
     """Poisoned memory: positions that are a permutation must overwrite every entry."""
     token_sum = TokenSum(positions=torch.tensor([3, 0, 2, 1]), offsets=torch.tensor([0, 1, 1, 4]))
@@ -249,11 +230,7 @@ def test_backward_makes_no_product_for_what_needs_no_gradient(needed: tuple[str,
     case = make_case(*MIXED)
     inputs = (case.x_RD, case.gate_up_SFD, case.down_SDF, case.weights_A)
     named = {n: t.clone().requires_grad_(n in needed) for n, t in zip(GRADIENTS, inputs, strict=True)}
-    rows, view = Rows(named["x"], case.row_ids, case.offsets), BankView(named["gate_up"], named["down"])
-    if summed:
-        y = compute_experts_summed(rows, view, named["weights"], case.token_sum, Kernel.TORCH)
-    else:
-        y = compute_weighted_rows(rows, view, named["weights"], Kernel.TORCH)
+    y = compute(case.with_leaves(named), Kernel.TORCH, summed=summed)
     with _CountProducts() as products:
         y.backward(make_upstream(y))
     assert products.count == 4 * (bool({"x", "gate_up"} & set(needed)) + len(set(needed) - {"weights"}))
@@ -284,50 +261,5 @@ def test_nothing_is_kept_for_backward_without_gradients() -> None:
     case = make_case(*MIXED)
     view = BankView(case.gate_up_SFD.requires_grad_(), case.down_SDF.requires_grad_())
     with torch.no_grad(), _Allocations() as allocations:
-        compute_experts(case.rows, view, Kernel.TORCH)
+        compute_experts(case.rows, view, kernel=Kernel.TORCH)
     assert (case.rows.num_assignments, case.gate_up_SFD.shape[1]) not in allocations.shapes
-
-
-def make_shape_errors() -> dict[str, tuple[Case, str]]:
-    case = make_case([[0, 1], [2]], 3)
-    return {
-        "integer_x": (replace(case, x_RD=case.x_RD.long()), r"floating point, got torch.int64; cast it"),
-        "gate_up": (
-            replace(case, gate_up_SFD=case.gate_up_SFD[:, :-1]),
-            r"gate_up must be .* = \(3, 6, 5\), got \(3, 5, 5\)",
-        ),
-        "down": (
-            replace(case, down_SDF=case.down_SDF[:, :-1]),
-            r"down must be .* = \(3, 5, 3\), got \(3, 4, 3\)",
-        ),
-        "too_few_slots": (
-            replace(case, gate_up_SFD=case.gate_up_SFD[:2], down_SDF=case.down_SDF[:2]),
-            r"must hold all 3 experts, it has 2 slots",
-        ),
-        "slot_table": (case.with_slots([0, 1], 3), r"one entry per expert \(3\), got shape \(2,\)"),
-        "weights": (replace(case, weights_A=case.weights_A[:-1]), r"per assignment \(3\), got shape \(2,\)"),
-        "mixed_dtypes": (
-            replace(case, x_RD=case.x_RD.float()),
-            r"x is torch.float32 but the experts are torch.float64 and torch.float64; cast x",
-        ),
-        "narrow_weights": (
-            replace(case, weights_A=case.weights_A.bfloat16()),
-            r"float32 or float64, got torch.bfloat16; route in float32",
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", make_shape_errors())
-def test_shape_errors_tell_rule_and_values(name: str) -> None:
-    case, message = make_shape_errors()[name]
-    if "weights" not in name:
-        with pytest.raises(ShapeError, match=message):
-            compute_experts(case.rows, case.view)
-    with pytest.raises(ShapeError, match=message):
-        compute_experts_summed(case.rows, case.view, case.weights_A, case.token_sum)
-
-
-def test_kernel_does_not_sum_a_partial_view() -> None:
-    case = make_case(*MIXED).with_slots([0, 1, 2, 3], 4)
-    with pytest.raises(ShapeError, match=r"covers every expert; use compute_experts per view"):
-        compute_experts_summed(case.rows, case.view, case.weights_A, case.token_sum)

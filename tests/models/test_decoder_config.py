@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from small_models import DENSE, MOE, VOCAB, make_config, make_model
 
 from moesys.errors import ShapeError
+from moesys.kernels import Activation, ExpertForm
 from moesys.models import AttentionConfig, Role, classify_parameters
 from moesys.moe import MoEConfig
 
@@ -29,12 +32,19 @@ def test_matmul_parameters_by_hand() -> None:
     assert with_shared.num_matmul_parameters_per_token - config.num_matmul_parameters_per_token == 3 * 12 * 5
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shared_intermediate_size": 3},
+        {"shared_intermediate_size": 3, "shared_expert_gate": True, "is_residual": True},
+        {"is_residual": True, "expert_bias": True, "form": ExpertForm(Activation.GELU)},
+    ],
+    ids=["shared", "gated-and-residual", "gelu"],
+)
 @pytest.mark.parametrize("tie", [True, False])
-def test_matmul_parameters_equal_the_modules_weights(tie: bool) -> None:
+def test_matmul_parameters_equal_the_modules_weights(tie: bool, options: dict[str, Any]) -> None:
     """With every expert chosen, they are all projections, experts and routers, plus the head."""
-    model = make_model(
-        make_config(feed_forwards=(MoEConfig(4, 4, 6, shared_intermediate_size=3), DENSE), tie=tie)
-    )
+    model = make_model(make_config(feed_forwards=(MoEConfig(4, 4, 6, **options), DENSE), tie=tie))
     roles = classify_parameters(model)
     counted = {Role.PROJECTION, Role.EXPERT, Role.ROUTER}
     weights = sum(p.numel() for name, p in model.named_parameters() if roles[name] in counted)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from small_models import DENSE, MOE, make_config, make_model
 
 from moesys.errors import ModelFormatError
 from moesys.models import DecoderConfig, choose_family
+from moesys.moe import Capacity, Score
 
 QWEN = make_config(feed_forwards=(MOE, DENSE), qkv_bias=True, output_bias=True, sliding_window=5)
 MIXTRAL = make_config(feed_forwards=(MOE, MOE), qk_norm=False, tie=False)
@@ -149,3 +151,29 @@ def test_unsupported_keys_are_errors(keys: dict[str, object], reason: str) -> No
     family = choose_family(QWEN)
     with pytest.raises(ModelFormatError, match=reason):
         family.read_config(family.write_config(QWEN) | keys)
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [
+        ({"score": Score.SIGMOID}, "score softmax, the model's have sigmoid"),
+        ({"weight_scale": 2.5}, "weight_scale 1.0, the model's have 2.5"),
+        ({"min_score": 0.1}, "min_score None, the model's have 0.1"),
+        ({"bias_update_rate": 0.1}, "bias_update_rate 0.0, the model's have 0.1"),
+        ({"capacity": Capacity.unbounded()}, "capacity None, the model's have Capacity"),
+        ({"is_residual": True}, "is_residual False, the model's have True"),
+        ({"expert_bias": True}, "expert_bias False, the model's have True"),
+    ],
+)
+def test_no_layout_silently_drops_a_special_option(option: dict[str, Any], shown: str) -> None:
+    for config in CONFIGS.values():
+        special = tuple(replace(f, **option) if f is MOE else f for f in config.feed_forwards)
+        with pytest.raises(ModelFormatError) as caught:
+            choose_family(replace(config, feed_forwards=special))
+        assert str(caught.value).count(f"its MoE layers have {shown}") == 2
+
+
+def test_layers_that_differ_in_an_option_are_named_with_it() -> None:
+    config = make_config(feed_forwards=(MOE, replace(MOE, min_score=0.2)))
+    with pytest.raises(ModelFormatError, match=r"the model's differ: min_score \[0.2, None\]"):
+        choose_family(config)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesys.kernels import linear_cross_entropy
 from moesys.models import DocumentAttend
-from moesys.moe import ExpertLoad, LoadMeter, compute_balance_loss, router
+from moesys.moe import ExpertLoad, LoadMeter, compute_balance_loss, selection
 
 CONFIG = make_config(feed_forwards=(MOE, DENSE, MOE))
 
@@ -57,7 +57,7 @@ def test_load_is_counted_once() -> None:
 
 def test_routing_is_replayed_where_choosing_again_would_flip(monkeypatch: pytest.MonkeyPatch) -> None:
     """As near-tied scores would: every choice after the forward pass comes out as other experts."""
-    choose, num_calls = router.choose_top_k, 0
+    choose, num_calls = selection.choose_top_k, 0
 
     def choose_and_flip_later(scores_TE: Tensor, top_k: int) -> Tensor:
         nonlocal num_calls
@@ -66,7 +66,7 @@ def test_routing_is_replayed_where_choosing_again_would_flip(monkeypatch: pytest
         return best_first[:, :top_k] if num_calls <= 2 else best_first[:, -top_k:]
 
     kept = run_step(recompute=False)
-    monkeypatch.setattr(router, "choose_top_k", choose_and_flip_later)
+    monkeypatch.setattr(selection, "choose_top_k", choose_and_flip_later)
     recomputed = run_step(recompute=True)
     assert_same_bits(kept, recomputed)
     assert num_calls == 2

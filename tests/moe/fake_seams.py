@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,16 +41,16 @@ class TokenCutDispatcher:
         self._cut = cut
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Iterator[Part]:
-        assert routing.fixed_k is not None
         for span in (slice(0, self._cut), slice(self._cut, routing.num_tokens)):
-            num_tokens, k = span.stop - span.start, routing.fixed_k
-            assignments = slice(span.start * k, span.stop * k)
+            offsets = routing.token_offsets[span.start : span.stop + 1]
+            assignments = slice(int(offsets[0]), int(offsets[-1]))
             cut = Routing(
                 routing.expert_ids[assignments],
                 routing.weights[assignments],
-                torch.arange(num_tokens + 1) * k,
+                offsets - offsets[0],
                 routing.num_experts,
-                fixed_k=k,
+                fixed_k=routing.fixed_k,
+                dropped=None if routing.dropped is None else routing.dropped[assignments],
             )
             (part,) = LocalDispatcher().dispatch(x_TD[span], cut)
             yield replace(part, handle=(span, routing.num_tokens))
@@ -68,8 +68,10 @@ class ExpertCutDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Iterator[Part]:
         for group in self._groups:
-            outside = ~torch.isin(routing.expert_ids, torch.tensor(group))
-            yield from LocalDispatcher().dispatch(x_TD, replace(routing, dropped=outside))
+            left_out = ~torch.isin(routing.expert_ids, torch.tensor(group))
+            if routing.dropped is not None:
+                left_out |= routing.dropped
+            yield from LocalDispatcher().dispatch(x_TD, replace(routing, dropped=left_out))
 
     def combine(self, y_RD: Tensor, handle: Any) -> Tensor:
         assert handle is None
@@ -101,3 +103,50 @@ class PiecewiseSource:
 
     def release(self, layer_id: int, view: BankView) -> None:
         self.num_pinned -= 1
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A view on its way.
+
+    slots:  what lies in each slot: an expert, several times where it is repeated, or None for NaN rubbish.
+    delay:  views arrive by it, whatever their order in the list.
+    """
+
+    slots: Sequence[int | None]
+    delay: int = 0
+
+
+class DeliverySource:
+    """Yields partial views in the order of their delays and writes down what it is asked."""
+
+    def __init__(self, bank: ExpertBank, deliveries: Sequence[Delivery]) -> None:
+        self._bank = bank
+        self._deliveries = sorted(deliveries, key=lambda delivery: delivery.delay)
+        self.calls: list[str] = []
+        self.demands: list[list[int]] = []
+
+    def hint(self, layer_id: int, routing: Routing) -> None:
+        self.calls.append(f"hint {layer_id}")
+
+    def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView]:
+        self.demands.append(demand.tolist())
+        for delivery in self._deliveries:
+            self.calls.append(f"lend {layer_id}")
+            yield self._make_view(delivery, demand.shape[0] - 1)
+
+    def release(self, layer_id: int, view: BankView) -> None:
+        self.calls.append(f"release {layer_id}")
+
+    def _make_view(self, delivery: Delivery, num_experts: int) -> BankView:
+        held = [0 if expert is None else expert for expert in delivery.slots]
+        rubbish = torch.tensor([expert is None for expert in delivery.slots]).view(-1, 1, 1)
+        table = torch.full((num_experts,), -1)
+        for slot, expert in enumerate(delivery.slots):
+            if expert is not None:
+                table[expert] = slot
+        gate_up, down = (
+            bank[held].masked_fill(rubbish, float("nan"))
+            for bank in (self._bank.gate_up_EFD, self._bank.down_EDF)
+        )
+        return BankView(gate_up, down, table, form=self._bank.form)

@@ -11,7 +11,12 @@ from fake_seams import make_routing
 from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.moe import Routing, compute_balance_loss, compute_router_z_loss
+from moesys.moe import (
+    Routing,
+    compute_balance_loss,
+    compute_router_z_loss,
+    compute_sequence_balance_loss,
+)
 
 CHOICES = [[0, 2], [2, 1], [2, 3], [0, 2], [1, 2]]
 
@@ -70,3 +75,66 @@ def test_no_tokens_give_zero(loss: Callable[[Routing], Tensor]) -> None:
 def test_routing_without_statistics_is_an_error(loss: Callable[[Routing], Tensor], name: str) -> None:
     with pytest.raises(ShapeError, match=f"needs a Routing with {name}"):
         loss(make_routing([[0]], 1))
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 4])
+def test_sequence_loss_is_the_mean_of_the_losses_of_the_sequences(num_sequences: int) -> None:
+    """Against equations 17 to 20 of DeepSeek-V3, one sequence and one expert at a time."""
+    choices = [[0, 2], [2, 1], [2, 3], [0, 2], [1, 2], [3, 1], [0, 1], [0, 3]]
+    scores = torch.rand(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = (scores / scores.sum(1, keepdim=True)).requires_grad_()
+    length = 8 // num_sequences
+    expected = torch.zeros((), dtype=torch.float64)
+    for start in range(0, 8, length):
+        for expert in range(4):
+            count = sum(expert in chosen for chosen in choices[start : start + length])
+            expected += (
+                4 / (2 * length) * count * scores[start : start + length, expert].mean() / num_sequences
+            )
+    found = compute_sequence_balance_loss(
+        make_routing(choices, 4, fixed_k=2, scores_TE=scores), num_sequences
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_one_sequence_is_the_micro_batch() -> None:
+    routing = route(make_logits())
+    torch.testing.assert_close(compute_sequence_balance_loss(routing, 1), compute_balance_loss(routing))
+
+
+def test_sequences_that_are_even_only_together_are_uneven() -> None:
+    even = make_routing([[0], [0], [1], [1]], 2, scores_TE=torch.eye(2).repeat_interleave(2, dim=0))
+    assert compute_balance_loss(even).item() == 1.0
+    assert compute_sequence_balance_loss(even, 2).item() == 2.0
+
+
+@pytest.mark.parametrize("num_sequences", [0, 2])
+def test_sequences_have_equal_length(num_sequences: int) -> None:
+    with pytest.raises(
+        ShapeError, match=rf"the 5 tokens .* must be {num_sequences} sequences of equal length"
+    ):
+        compute_sequence_balance_loss(route(make_logits()), num_sequences)
+
+
+def test_counts_of_a_larger_scope_give_the_loss_over_all_of_it() -> None:
+    """Two ranks or micro-batches of different size: with summed counts, the mean by tokens is the loss of one pass."""
+    logits = make_logits().requires_grad_()
+    whole = compute_balance_loss(route(logits))
+    counts = route(logits).compute_expert_counts()
+    total = torch.zeros((), dtype=torch.float64)
+    for span in (slice(0, 2), slice(2, 5)):
+        choices = CHOICES[span]
+        part = make_routing(choices, 4, fixed_k=2, scores_TE=logits[span].softmax(-1))
+        total = total + len(choices) / len(CHOICES) * compute_balance_loss(part, counts)
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (total, whole)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+def test_gradcheck_of_the_losses_with_a_scope() -> None:
+    counts = torch.tensor([1, 7, 2, 0])
+    logits = make_logits().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: compute_balance_loss(route(x), counts), logits)
+    assert torch.autograd.gradcheck(lambda x: compute_sequence_balance_loss(route(x), 5), logits)

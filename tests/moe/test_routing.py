@@ -1,4 +1,4 @@
-"""The Routing record and the tape that replays it."""
+"""The Routing record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from fake_seams import make_routing
 
 from moesys.errors import ShapeError
-from moesys.moe import Routing, RoutingTape
+from moesys.moe import Routing
 
 
 def test_weights_and_experts_must_be_flat_lists_of_one_length() -> None:
@@ -47,24 +47,3 @@ def test_counts_include_dropped_assignments() -> None:
     assert routing.compute_expert_counts().tolist() == [1, 0, 0, 3, 0]
     assert routing.count_dropped() == 2
     assert make_routing([[0]], 1).count_dropped() == 0
-
-
-def test_tape_replays_what_the_forward_pass_recorded_and_only_then() -> None:
-    tape, first, second = RoutingTape(), torch.tensor([[1, 0]]), torch.tensor([[2, 3]])
-    forward, recompute = tape.make_contexts()
-    with forward:
-        assert tape.replayed_expert_ids is None
-        tape.record(first)
-    with recompute:
-        tape.record(second)
-        assert tape.replayed_expert_ids is first
-    assert tape.replayed_expert_ids is None
-
-
-def test_tape_stops_replaying_when_the_recomputation_is_cut_short() -> None:
-    tape = RoutingTape()
-    tape.record(torch.tensor([[0]]))
-    _, recompute = tape.make_contexts()
-    with pytest.raises(KeyError), recompute:
-        raise KeyError
-    assert tape.replayed_expert_ids is None

@@ -1,4 +1,4 @@
-"""The router against a slow loop."""
+"""The router of most families against a slow loop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesys.errors import ShapeError
-from moesys.moe import TopKRouter
+from moesys.errors import RoutingError
+from moesys.moe import Choice, Normalization, TopKRouter
 
 
 def make_router(
@@ -26,8 +26,8 @@ def route_slowly(router: TopKRouter, x_D: Tensor) -> list[tuple[int, float]]:
     logits = [sum(a * b for a, b in zip(row, x_D.tolist(), strict=True)) for row in router.weight_ED.tolist()]
     exponentials = [math.exp(logit - max(logits)) for logit in logits]
     scores = [e / sum(exponentials) for e in exponentials]
-    chosen = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))[: router.top_k]
-    total = sum(scores[e] for e in chosen) if router.normalize else 1.0
+    chosen = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))[: router.selection.k]
+    total = sum(scores[e] for e in chosen) if router.normalization is Normalization.AFTER else 1.0
     return [(e, scores[e] / total) for e in chosen]
 
 
@@ -74,7 +74,7 @@ def test_replay_uses_the_given_experts_and_keeps_gradients() -> None:
     router = make_router(top_k=2)
     x = torch.randn(4, 5, requires_grad=True)
     given_ids = torch.tensor([[5, 0], [1, 2], [0, 4], [3, 5]])
-    routing = router(x, given_ids)
+    routing = router(x, given=Choice.from_table(given_ids))
     assert torch.equal(routing.expert_ids.view(4, 2), given_ids)
     chosen = routing.logits_TE.softmax(-1).gather(1, given_ids)
     torch.testing.assert_close(routing.weights.view(4, 2), chosen / chosen.sum(-1, keepdim=True))
@@ -88,7 +88,7 @@ def test_replay_uses_the_given_experts_and_keeps_gradients() -> None:
 def test_replaying_its_own_choice_changes_no_bit() -> None:
     router, x = make_router(top_k=2), torch.randn(4, 5)
     routing = router(x)
-    again = router(x, routing.expert_ids.view(4, 2))
+    again = router(x, given=routing.choice)
     assert torch.equal(again.expert_ids, routing.expert_ids)
     assert torch.equal(again.weights, routing.weights)
 
@@ -96,6 +96,6 @@ def test_replaying_its_own_choice_changes_no_bit() -> None:
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_top_k_must_be_possible(top_k: int) -> None:
     with pytest.raises(
-        ShapeError, match=rf"top_k \({top_k}\) must be between 1 and num_experts \(4\); lower top_k"
+        RoutingError, match=rf"top_k \({top_k}\) must be between 1 and num_experts \(4\); lower top_k"
     ):
         TopKRouter(8, 4, top_k)

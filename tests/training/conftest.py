@@ -60,5 +60,5 @@ def corpus(tmp_path: Path) -> Path:
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GEMM rate is measured, which takes longer than a tiny run, and the allocator stays as it is: other tests
     of this process measure memory."""
-    monkeypatch.setattr("moesys.training.trainer.measure_gemm_rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr("moesys.training.log.measure_gemm_rate", lambda dtype, device: 1e12)
     monkeypatch.setattr("moesys.training.trainer.keep_freed_memory", lambda: False)

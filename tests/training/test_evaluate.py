@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_runs import start
 
+from moesys.config import DataConfig
 from moesys.data import heldout_windows
 from moesys.errors import DataError
 from moesys.models import DocumentAttend
@@ -52,7 +53,13 @@ def test_each_target_is_scored_once_in_its_document(trained: Trainer, stride: in
     for number, text in enumerate(texts):
         (folder / f"{number}.txt").write_text(text[:90])
     found = evaluate_text(
-        trained.model, trained.data.tokenizer, str(folder), None, stride, None, folder.parent / "cache"
+        trained.model,
+        trained.data.tokenizer,
+        DataConfig(source=str(folder)),
+        None,
+        stride,
+        None,
+        folder.parent / "cache",
     )
     total, num_targets = score_naively(trained, [text[:90] for text in texts], stride)
     assert found.num_targets == num_targets
@@ -81,11 +88,11 @@ def test_the_pieces_of_the_loss_do_not_matter(trained: Trainer, chunk: int) -> N
 
 def test_the_heldout_part_of_a_source_is_what_training_keeps_away(trained: Trainer, tmp_path: Path) -> None:
     found = evaluate_text(
-        trained.model, trained.data.tokenizer, trained.config.data.source, 0.2, None, None, tmp_path
+        trained.model, trained.data.tokenizer, trained.config.data, 0.2, None, None, tmp_path
     )
     assert found == trained.evaluate()
     everything = evaluate_text(
-        trained.model, trained.data.tokenizer, trained.config.data.source, None, None, None, tmp_path
+        trained.model, trained.data.tokenizer, trained.config.data, None, None, None, tmp_path
     )
     assert everything.num_bytes == trained.data.train.num_bytes + trained.data.heldout.num_bytes
     assert found.num_bytes == trained.data.heldout.num_bytes < everything.num_bytes
@@ -112,4 +119,6 @@ def test_an_evaluation_is_not_counted_as_training(trained: Trainer) -> None:
 
 def test_a_stride_that_leaves_gaps_is_refused(trained: Trainer, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"stride \(17\) must be between 1 and sequence_length \(16\)"):
-        evaluate_text(trained.model, trained.data.tokenizer, str(corpus), None, 17, None, tmp_path)
+        evaluate_text(
+            trained.model, trained.data.tokenizer, DataConfig(source=str(corpus)), None, 17, None, tmp_path
+        )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moesys.errors import DataError, MissingExtraError
+from moesys.checkpoint import FileSystem
+from moesys.errors import CheckpointError, DataError, DiskSpaceError, MissingExtraError
 from moesys.training.metrics import (
     EvaluationMetrics,
     EventMetrics,
@@ -171,6 +176,33 @@ def test_drop_after_leaves_a_damaged_file_as_it_was(tmp_path: Path) -> None:
 def test_drop_after_of_no_file_drops_nothing(tmp_path: Path) -> None:
     assert drop_after(tmp_path / "metrics.jsonl", step=0) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+class FullDisk(FileSystem):
+    """Takes nothing."""
+
+    def system_call(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if call is not shutil.disk_usage:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().system_call(call, *args, **kwargs)
+
+
+def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, TRAIN)
+    with (
+        MetricsWriter(path, FullDisk()) as writer,
+        pytest.raises(DiskSpaceError, match=r"metrics\.jsonl") as caught,
+    ):
+        writer.write(EVALUATION)
+    assert f"{len(encode_record(EVALUATION)) + 1} bytes" in str(caught.value)
+    assert path.read_text() == encode_record(TRAIN) + "\n"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"cannot open .*run/metrics\.jsonl: "):
+        MetricsWriter(tmp_path / "run" / "metrics.jsonl")
 
 
 def test_tensorboard_gets_each_figure(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_the_first_bad_activation_is_named(corpus: Path, tmp_path: Path, module:
             (output[0] * float("inf"), *output[1:]) if isinstance(output, tuple) else output * float("inf")
         )
     )
-    assert find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer.execution) == place
+    assert find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer._training_step) == place
 
 
 def test_logits_that_overflow_are_the_heads_fault(corpus: Path, tmp_path: Path) -> None:
@@ -131,17 +132,29 @@ def test_logits_that_overflow_are_the_heads_fault(corpus: Path, tmp_path: Path) 
     assert trainer.model.head is not None
     with torch.no_grad():
         trainer.model.head.weight.fill_(3e38)
-    found = find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer.execution)
+    found = find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer._training_step)
     assert found == "the output head"
+
+
+def spoil_gradient(module: nn.Module, only_weight: bool = False) -> None:
+    """Makes the backward pass of a module give NaN to its input, or only to its first parameter."""
+    if only_weight:
+        next(module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+        return
+
+    def spoil_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        first = inputs[0].clone()
+        first.register_hook(lambda gradient: gradient * float("nan"))
+        return (first, *inputs[1:])
+
+    module.register_forward_pre_hook(spoil_input)
 
 
 def test_gradients_alone_are_the_backward_passs_fault(corpus: Path, tmp_path: Path) -> None:
     trainer = start(corpus, tmp_path / "run", "training.max_skipped_steps=1")
-    trainer.model.blocks[0].attention.register_full_backward_hook(
-        lambda module, inputs, outputs: tuple(g if g is None else g * float("nan") for g in inputs)
-    )
+    spoil_gradient(trainer.model.blocks[0].attention)
     before = {key: tensor.clone() for key, tensor in trainer.optimizer.export_state().items()}
-    with pytest.raises(NonFiniteError, match=r"it began in the backward pass \(every activation"):
+    with pytest.raises(NonFiniteError, match=r"it began in the backward pass of layer 0, attention \(every"):
         trainer.train()
     after = trainer.optimizer.export_state()
     assert before.keys() == after.keys()
@@ -151,7 +164,46 @@ def test_gradients_alone_are_the_backward_passs_fault(corpus: Path, tmp_path: Pa
     assert "gradient norm nan" in event.message
 
 
+@pytest.mark.parametrize("more", [(), ("memory.activation_checkpointing=true",), ("training.dtype=bf16",)])
+@pytest.mark.parametrize("only_weight", [False, True], ids=["input", "weight"])
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [
+        ("blocks.0.input_norm", "layer 0, input_norm"),
+        ("blocks.0.attention", "layer 0, attention"),
+        ("blocks.0.feed_forward", "layer 0, feed_forward"),
+        ("blocks.1.post_attention_norm", "layer 1, post_attention_norm"),
+        ("blocks.1.feed_forward", "layer 1, feed_forward"),
+        ("final_norm", "the final norm"),
+    ],
+)
+def test_the_place_that_spoilt_the_gradient_is_named(
+    corpus: Path, tmp_path: Path, module: str, place: str, only_weight: bool, more: tuple[str, ...]
+) -> None:
+    trainer = start(corpus, tmp_path / "run", *more)
+    spoil_gradient(trainer.model.get_submodule(module), only_weight)
+    found = find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer._training_step)
+    assert found.startswith(f"the backward pass of {place} (")
+    assert not only_weight or f"the first parameter it reached is {module}." in found
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_finite_gradients_whose_squares_overflow_are_the_norms_fault(corpus: Path, tmp_path: Path) -> None:
+    trainer = start(corpus, tmp_path / "run", "training.max_skipped_steps=1")
+    trainer.model.final_norm.weight.register_hook(lambda gradient: gradient.sign() * 1e30)
+    with pytest.raises(NonFiniteError, match="it began in the norm of the gradients"):
+        trainer.train()
+
+
+def test_the_diagnosis_never_holds_all_logits(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = start(corpus, tmp_path / "run")
+    monkeypatch.setattr(trainer.model, "compute_logits", lambda hidden: pytest.fail("all logits at once"))
+    find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer._training_step)
+
+
 def test_the_diagnosis_leaves_no_hooks(corpus: Path, tmp_path: Path) -> None:
     trainer = start(corpus, tmp_path / "run")
-    find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer.execution)
+    find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer._training_step)
     assert not any(module._forward_hooks for module in trainer.model.modules())

@@ -141,17 +141,16 @@ def test_a_state_goes_to_another_optimizer_in_bits(dtype: torch.dtype) -> None:
     assert all(torch.equal(parameter, parameters[name]) for name, parameter in first.named_parameters())
 
 
-def test_an_imported_state_is_a_copy() -> None:
+def test_imported_moments_are_taken_over_without_a_copy() -> None:
     model = make_model()
     optimizer = MasterAdamW(model, CONFIG.training, torch.float32)
     draw_gradients(model, 0)
     step(optimizer)
     saved = {name: tensor.clone() for name, tensor in optimizer.export_state().items()}
-    kept = {name: tensor.clone() for name, tensor in saved.items()}
     other = MasterAdamW(make_model(), CONFIG.training, torch.float32)
     other.import_state(saved)
-    step(other)
-    assert all(torch.equal(saved[name], kept[name]) for name in kept)
+    for name, tensor in other.export_state().items():
+        assert (tensor.data_ptr() == saved[name].data_ptr()) is name.startswith("optimizer."), name
 
 
 @pytest.mark.parametrize(

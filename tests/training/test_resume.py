@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import STEPS, resume, start
+from tiny_runs import SETTINGS, STEPS, resume, start
 
 from moesys.checkpoint import FileSystem, load_newest_checkpoint
+from moesys.config import load_config
 from moesys.errors import CheckpointError, ConfigError, DataError, DiskSpaceError, NonFiniteError
 from moesys.training import PlainConsole, Trainer
 from moesys.training.metrics import read_metrics
@@ -127,6 +129,48 @@ def test_a_run_can_be_resumed_from_another_folder(
     assert resume(tmp_path / "run").step == 1
 
 
+def test_the_runs_own_tokenizer_is_used_when_all_others_are_gone(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = start(corpus, tmp_path / "run")
+    trainer.take_step()
+    trainer.save()
+    given = tmp_path / "given"
+    trainer.data.tokenizer.save(given)
+    settings = [s for s in SETTINGS if not s.startswith("data.vocab_size")]
+    config = load_config(None, [*settings, f'data.source="{corpus}"', f'data.tokenizer="{given}"'])
+    Trainer.start(config, tmp_path / "with-given", PlainConsole(STEPS, io.StringIO())).save()
+    shutil.rmtree(given)
+    monkeypatch.setenv("MOESYS_CACHE", str(tmp_path / "another cache"))
+    monkeypatch.setattr("moesys.data.prepare.train_tokenizer", pytest.fail)
+    for run in ("run", "with-given"):
+        assert resume(tmp_path / run).data.fingerprint == trainer.data.fingerprint
+
+
+def test_tokens_count_the_steps_that_changed_something(corpus: Path, tmp_path: Path) -> None:
+    trainer = start(corpus, tmp_path / "run")
+    take_steps(trainer, 5)
+    trainer.save()
+    resumed = resume(tmp_path / "run")
+    resumed.train()
+    applied = (STEPS - 1) * resumed.tokens_per_step
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert resumed.position.tokens == applied
+    assert (metrics.train[-1].tokens, metrics.evaluations[-1].tokens) == (applied, applied)
+
+
+@pytest.mark.parametrize(
+    ("experts", "expected"), [("[4,0]", "experts [4, 0] top-2"), ("0", "hidden 16, dense")]
+)
+def test_the_description_names_experts_only_where_there_are_some(
+    corpus: Path, tmp_path: Path, experts: str, expected: str
+) -> None:
+    settings = [s for s in SETTINGS if "expert" not in s] + [f"model.num_experts={experts}"]
+    config = load_config(None, [*settings, f'data.source="{corpus}"'])
+    lines = Trainer.start(config, tmp_path / "run", PlainConsole(STEPS, io.StringIO())).describe()
+    assert lines[1].endswith(expected)
+
+
 def test_several_processes_are_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="torchrun has started 2"):
@@ -180,6 +224,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus: Path, 
     assert resumed.step == 1
     assert "WARNING" in output.getvalue()
     assert str(shard) in output.getvalue()
+    [damage, event] = read_metrics(tmp_path / "run" / "metrics.jsonl").events
+    assert (damage.event, damage.step, event.event) == ("damaged_checkpoint", 1, "resumed")
+    assert str(shard) in damage.message
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_is_needed(

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moesys.config import TrainingConfig
@@ -36,6 +36,30 @@ def test_wsd_is_flat_and_then_linear() -> None:
     assert values[15:] == pytest.approx([1.6, 1.2, 0.8, 0.4, 0.0])
 
 
+def test_wsd_without_decay_stays_at_the_peak() -> None:
+    assert rates(steps=5, warmup_steps=1, schedule="wsd", decay_fraction=0.0) == [2.0] * 5
+
+
+def test_wsd_may_decay_right_after_its_warmup_but_not_during_it() -> None:
+    values = rates(
+        steps=10, warmup_steps=5, schedule="wsd", decay_fraction=0.5, final_learning_rate_ratio=0.0
+    )
+    assert values == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 1.6, 1.2, 0.8, 0.4, 0.0])
+    with pytest.raises(
+        ValueError,
+        match=r"warmup_steps \(5\) and the decay of wsd \(6 steps, decay_fraction 0.6\) overlap in 10 steps; "
+        r"try decay_fraction = 0.5",
+    ):
+        rates(steps=10, warmup_steps=5, schedule="wsd", decay_fraction=0.6)
+
+
+def test_a_small_decay_takes_one_step() -> None:
+    values = rates(
+        steps=10, warmup_steps=0, schedule="wsd", decay_fraction=0.01, final_learning_rate_ratio=0.0
+    )
+    assert values == [2.0] * 9 + [0.0]
+
+
 def test_without_warmup_the_first_step_has_the_peak() -> None:
     assert rates(steps=5, warmup_steps=0)[0] == 2.0
 
@@ -45,12 +69,13 @@ def test_without_warmup_the_first_step_has_the_peak() -> None:
     warmup=st.integers(0, 58),
     schedule=st.sampled_from(["cosine", "wsd"]),
     final=st.floats(0, 1),
-    decay=st.floats(0, 1),
+    decay=st.floats(0, 1, exclude_min=True),
 )
 def test_it_rises_then_never_rises_again(
     steps: int, warmup: int, schedule: str, final: float, decay: float
 ) -> None:
     warmup = min(warmup, steps - 2)
+    assume(schedule == "cosine" or warmup + max(1, round(decay * steps)) <= steps)
     values = rates(
         steps=steps,
         warmup_steps=warmup,

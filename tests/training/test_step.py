@@ -14,10 +14,10 @@ import torch
 from tiny_runs import SETTINGS, STEPS, start
 from torch import Tensor
 
-from moesys.config import load_config
+from moesys.config import Config, load_config
 from moesys.data import Batch
 from moesys.models import DocumentAttend
-from moesys.moe import LoadMeter
+from moesys.moe import BalanceScope, LoadMeter, MoELayer, compute_sequence_balance_loss
 from moesys.training import PlainConsole, Trainer
 from moesys.training.build import build_model
 from moesys.training.metrics import read_metrics
@@ -26,6 +26,7 @@ from moesys.training.step import Objective, StepResult, TrainingStep
 
 # An epsilon far above the gradients makes the update linear in them, so that rounding is not amplified.
 CONFIG = load_config(None, [*SETTINGS, "training.epsilon=1.0"])
+BIASED = load_config(None, [*SETTINGS, "training.epsilon=1.0", "model.balance_bias_rate=0.125"])
 
 
 def make_batch(num_sequences: int = 8, ignored: tuple[int, ...] = ()) -> Batch:
@@ -47,9 +48,11 @@ def cut(batch: Batch, size: int) -> list[Batch]:
 class Bench:
     """A fresh model with everything a step needs."""
 
-    def __init__(self, objective: Objective, *, clip: float = 0.0, recompute: bool = False) -> None:
-        self.model = build_model(CONFIG, vocab_size=300)
-        self.optimizer = MasterAdamW(self.model, CONFIG.training, torch.float32)
+    def __init__(
+        self, objective: Objective, *, clip: float = 0.0, recompute: bool = False, config: Config = CONFIG
+    ) -> None:
+        self.model = build_model(config, vocab_size=300)
+        self.optimizer = MasterAdamW(self.model, config.training, torch.float32)
         self.meter = LoadMeter()
         self.gradients: dict[str, Tensor] = {}
         execution = self.model.make_resident_execution(recompute=recompute)
@@ -125,6 +128,49 @@ def test_balance_losses_are_added_with_their_coefficients() -> None:
     assert result.balance_loss == pytest.approx(1.0, abs=0.2)
     assert result.router_z_loss == pytest.approx(np.log(4) ** 2, rel=0.1)
     assert not torch.equal(plain.gradients[name], balanced.gradients[name])
+
+
+def test_the_balance_loss_can_be_that_of_each_row() -> None:
+    batch = make_batch(4)
+    bench = Bench(Objective(0.01, 0.0, 64, BalanceScope.SEQUENCE))
+    output = bench.model(batch.token_ids_BS, batch.positions_BS, DocumentAttend(batch.document_ids_BS))
+    (routing,) = output.routings.values()
+    expected = compute_sequence_balance_loss(routing, 4).item()
+    assert bench.run([batch]).balance_loss == pytest.approx(expected, rel=1e-6)
+    assert Bench(Objective(0.01, 0.0, 64)).run([batch]).balance_loss != pytest.approx(expected, rel=1e-3)
+
+
+def read_bias(bench: Bench) -> Tensor:
+    (layer,) = (module for module in bench.model.modules() if isinstance(module, MoELayer))
+    assert layer.router.selection_bias_E is not None
+    return layer.router.selection_bias_E.clone()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_balance_bias_moves_once_per_step_by_the_choices_of_all_micro_batches(recompute: bool) -> None:
+    bench = Bench(Objective(0.0, 0.0, 64), recompute=recompute, config=BIASED)
+    bench.run(cut(make_batch(), 2))
+    (counts,) = bench.meter.drain().expert_tokens
+    load = torch.tensor(counts, dtype=torch.float32)
+    assert read_bias(bench).tolist() == (0.125 * torch.sign(load.mean() - load)).tolist()
+
+
+def test_a_skipped_step_moves_no_balance_bias() -> None:
+    bench = Bench(Objective(0.0, 0.0, 64), config=BIASED)
+    batch = make_batch()
+    token = batch.token_ids_BS[0, 0]
+    with torch.no_grad():
+        bench.model.embedding.weight[token] = float("nan")
+    result = bench.run([batch])
+    assert not result.is_finite
+    assert not read_bias(bench).any()
+    with torch.no_grad():
+        bench.model.embedding.weight[token] = 0.0
+    bench.meter.drain()
+    bench.run([batch])
+    (counts,) = bench.meter.drain().expert_tokens
+    load = torch.tensor(counts, dtype=torch.float32)
+    assert read_bias(bench).tolist() == (0.125 * torch.sign(load.mean() - load)).tolist()
 
 
 @pytest.mark.parametrize("recompute", [False, True])

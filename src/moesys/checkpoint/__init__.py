@@ -1,6 +1,6 @@
 """Bytes that must survive: training checkpoints with verified manifests, and Hugging Face model folders."""
 
-from moesys.checkpoint.files import FileSystem, write_text_atomic
+from moesys.checkpoint.files import FileSystem, WrittenFile, replace_file, write_text_atomic
 from moesys.checkpoint.hf import ExportedWeights, load_model, save_model
 from moesys.checkpoint.model_card import CurvePoint, ModelCard
 from moesys.checkpoint.run_checkpoint import (
@@ -22,12 +22,14 @@ __all__ = [
     "RunState",
     "Selection",
     "TextModel",
+    "WrittenFile",
     "describe_config_difference",
     "list_checkpoints",
     "load_model",
     "load_newest_checkpoint",
     "load_text_model",
     "parse_dtype",
+    "replace_file",
     "save_checkpoint",
     "save_model",
     "verify_checkpoint",

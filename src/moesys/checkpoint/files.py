@@ -56,7 +56,7 @@ class FileSystem:
 
     def make_directory(self, path: Path) -> None:
         """Creates one new folder; its parent must exist and be synced by the caller."""
-        with self._explained("create the folder", path):
+        with self.explained("create the folder", path):
             self.system_call(os.mkdir, path)
 
     def ensure_directory(self, path: Path) -> None:
@@ -79,7 +79,7 @@ class FileSystem:
 
         An fsync error is final: the file must be abandoned and written anew under another name.
         """
-        with self._explained("write", path, size_bytes):
+        with self.explained("write", path, size_bytes):
             descriptor = self.system_call(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 written = self._write_chunks(descriptor, chunks)
@@ -94,7 +94,7 @@ class FileSystem:
 
     def fsync_directory(self, path: Path) -> None:
         """Makes the names in a folder (new, renamed or removed entries) durable."""
-        with self._explained("sync the folder", path):
+        with self.explained("sync the folder", path):
             descriptor = self.system_call(os.open, path, os.O_RDONLY)
             try:
                 self.system_call(os.fsync, descriptor)
@@ -103,29 +103,29 @@ class FileSystem:
 
     def rename(self, source: Path, target: Path) -> None:
         """Renames a file over ``target``, or a folder to a name that is free. Atomic, not yet durable."""
-        with self._explained(f"rename {source} to", target):
+        with self.explained(f"rename {source} to", target):
             self.system_call(os.rename, source, target)
 
     def remove_file(self, path: Path) -> None:
         """Removes a file."""
-        with self._explained("remove", path):
+        with self.explained("remove", path):
             self.system_call(os.unlink, path)
 
     def remove_tree(self, path: Path) -> None:
         """Removes a folder and what is in it; links are removed, not followed."""
-        with self._explained("list the folder", path):
+        with self.explained("list the folder", path):
             entries = sorted(path.iterdir())
         for entry in entries:
             if entry.is_dir() and not entry.is_symlink():
                 self.remove_tree(entry)
             else:
                 self.remove_file(entry)
-        with self._explained("remove the folder", path):
+        with self.explained("remove the folder", path):
             self.system_call(os.rmdir, path)
 
     def free_bytes(self, path: Path) -> int:
         """Returns the bytes that this user may still write to the disk that holds ``path``."""
-        with self._explained("ask for the free space of", path):
+        with self.explained("ask for the free space of", path):
             return self.system_call(shutil.disk_usage, path).free
 
     def _write_chunks(self, descriptor: int, chunks: Iterable[bytes | memoryview]) -> WrittenFile:
@@ -150,7 +150,8 @@ class FileSystem:
         return len(chunk)
 
     @contextmanager
-    def _explained(self, action: str, path: Path, needed_bytes: int = 1) -> Iterator[None]:
+    def explained(self, action: str, path: Path, needed_bytes: int = 1) -> Iterator[None]:
+        """Turns an OSError of what is done inside into this class's errors: ``cannot ACTION PATH: cause``."""
         try:
             yield
         except OSError as error:
@@ -172,15 +173,23 @@ DEFAULT = FileSystem()
 
 
 def write_text_atomic(path: Path, text: str, files: FileSystem = DEFAULT) -> None:
-    """Replaces a small UTF-8 file so that a reader or a crash meets the old or the new contents, never a mix.
+    """Replaces a small UTF-8 file as `replace_file` does."""
+    contents = text.encode()
+    replace_file(path, [contents], len(contents), files)
 
+
+def replace_file(
+    path: Path, chunks: Iterable[bytes | memoryview], size_bytes: int, files: FileSystem = DEFAULT
+) -> None:
+    """Replaces a file so that a reader or a crash meets the old or the new contents, never a mix.
+
+    chunks, size_bytes: as in `FileSystem.write_new_file`; the chunks may come from the old file.
     Raises CheckpointError or DiskSpaceError; the old file is then untouched, unless only the last sync of the
     folder failed.
     """
-    contents = text.encode()
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     try:
-        files.write_new_file(temporary, [contents], len(contents))
+        files.write_new_file(temporary, chunks, size_bytes)
         files.rename(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -109,7 +109,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         )
     if not path.exists():
         raise ModelFormatError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    return _read_json(path)
+    return read_json_object(path)
 
 
 def find_family(keys: Mapping[str, Any]) -> Family:
@@ -182,7 +182,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 def _read_index(path: Path) -> list[str]:
     """Returns the shards that an index names; raises `ModelFormatError` for one outside its folder."""
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelFormatError(f"{path} must map tensors to files in a JSON object named weight_map")
     names = sorted(set(weight_map.values()))
@@ -236,7 +236,8 @@ def _write_index(
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Returns the keys of a JSON file; raises `ModelFormatError` for one that holds something else."""
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,29 @@ def write_safetensors(
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tensors to load, and as what.
+    """Which tensors to load, as what, and where to.
 
-    accepts:  says of a name whether its tensor is wanted; the others are hashed and not kept.
-    dtype:    floating-point tensors are cast to it one at a time; None keeps theirs.
+    accepts:       says of a name whether its tensor is wanted; the others are hashed and not kept.
+    dtype:         floating-point tensors are cast to it one at a time; None keeps theirs.
+    destinations:  memory that exists already, by name; a tensor on the CPU that has the loaded one's dtype and
+                   shape and no gaps is filled and returned. It is filled also from a file that turns out damaged.
     """
 
     accepts: Callable[[str], bool] = lambda name: True
     dtype: torch.dtype | None = None
+    destinations: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def allocate(self, name: str, record: TensorRecord) -> torch.Tensor:
+        """Returns the memory that a tensor is read into."""
+        destination = self.destinations.get(name)
+        if (
+            destination is not None
+            and destination.device.type == "cpu"
+            and destination.is_contiguous()
+            and (destination.dtype, tuple(destination.shape)) == (record.torch_dtype, record.shape)
+        ):
+            return destination
+        return torch.empty(record.shape, dtype=record.torch_dtype)
 
 
 EVERYTHING = Selection()
@@ -109,7 +124,7 @@ def read_safetensors(
             if not selection.accepts(name):
                 reader.skip(record.size_bytes)
                 continue
-            tensor = torch.empty(record.shape, dtype=record.torch_dtype)
+            tensor = selection.allocate(name, record)
             reader.read_into(_view_bytes(tensor))
             casts = selection.dtype is not None and tensor.is_floating_point()
             tensors[name] = tensor.to(selection.dtype) if casts else tensor

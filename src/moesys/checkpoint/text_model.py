@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from moesys.checkpoint.hf import load_model, read_config_file
+from moesys.checkpoint.hf import load_model, read_config_file, read_json_object
 from moesys.data import Tokenizer
 from moesys.errors import ModelFormatError
 from moesys.models import Decoder
@@ -21,6 +23,8 @@ class TextModel:
 
     decoder: Decoder
     tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    """Tokens that end a text: the tokenizer's end of text, and those that the folder's configs name."""
 
 
 def load_text_model(folder: Path, dtype: str | None = None) -> TextModel:
@@ -29,15 +33,29 @@ def load_text_model(folder: Path, dtype: str | None = None) -> TextModel:
     Raises `ModelFormatError` or `DataError`.
     """
     weights_dtype = None if dtype is None else parse_dtype(dtype)
-    read_config_file(folder)
+    config = read_config_file(folder)
     tokenizer = Tokenizer.load(folder)
+    stop_ids = _read_stop_ids(folder, config)
     decoder = load_model(folder, weights_dtype)
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise ModelFormatError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model embeds "
             f"{decoder.config.vocab_size}; they do not belong together"
         )
-    return TextModel(decoder, tokenizer)
+    return TextModel(decoder, tokenizer, stop_ids | {tokenizer.end_of_text_id})
+
+
+def _read_stop_ids(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """Returns ``eos_token_id``, a number or a list, of ``generation_config.json``, else of ``config.json``."""
+    path = folder / "generation_config.json"
+    generation = read_json_object(path) if path.exists() else {}
+    value = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ModelFormatError(
+            f"eos_token_id in {folder} must be a token id or a list of them, got {value!r}"
+        )
+    return frozenset(ids)
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from moesys import __version__
 from moesys.cli.chat import chat
 from moesys.cli.config import config_app
 from moesys.cli.eval import evaluate
@@ -40,6 +39,8 @@ _state = {"debug": read_debug()}
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
+        from moesys import __version__
+
         print(__version__)
         raise typer.Exit
 

@@ -36,7 +36,7 @@ TopK = Annotated[int | None, typer.Option(help="Draw from the k most probable to
 TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this probability.")]
 MinP = Annotated[float, typer.Option(help="Draw from tokens with this share of the largest probability.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: make tokens seen before less likely.")]
-Seed = Annotated[int, typer.Option(help="Equal seeds write equal text.")]
+Seed = Annotated[int | None, typer.Option(help="Equal seeds write equal text.", show_default="0")]
 StopStrings = Annotated[
     list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
 ]
@@ -58,9 +58,21 @@ def read_config(arguments: list[str] | None) -> Config:
 
 
 def make_sampling(
-    temperature: float, top_k: int | None, top_p: float, min_p: float, repetition_penalty: float, seed: int
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
 ) -> SamplingParams:
-    """Collects the sampling options; raises `GenerationError` for one out of range or without effect."""
+    """Collects the sampling options, None where not given; raises `GenerationError` for one out of range and
+    `IneffectiveOptionError` for a seed without effect."""
+    from moesys.errors import IneffectiveOptionError
     from moesys.inference import SamplingParams
 
-    return SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if seed is not None and temperature == 0:
+        raise IneffectiveOptionError(
+            "--seed has no effect at temperature 0, which takes the most probable token; "
+            "raise the temperature or drop it"
+        )
+    return SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed or 0)

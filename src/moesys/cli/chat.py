@@ -30,7 +30,7 @@ def chat(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
+    seed: Seed = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends.
@@ -51,7 +51,13 @@ def chat(
             file=sys.stderr,
         )
     session = ChatSession(
-        Engine(loaded.decoder), loaded.tokenizer, chat_format, sampling, max_new_tokens, system
+        Engine(loaded.decoder),
+        loaded.tokenizer,
+        chat_format,
+        sampling,
+        max_new_tokens,
+        system,
+        loaded.stop_ids,
     )
     while line := _read_line():
         for piece in session.answer(line):

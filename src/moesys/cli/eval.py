@@ -12,7 +12,16 @@ from moesys.cli.arguments import Dtype, ModelArgument
 
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help="stdlib, a file, a folder, or hf:NAME.")] = "stdlib",
+    data: Annotated[
+        str, typer.Option(help="stdlib, a file, a folder, hf:NAME or hf:NAME:CONFIG.")
+    ] = "stdlib",
+    format: Annotated[
+        str | None,
+        typer.Option(help="text, jsonl or parquet.", show_default="by the file name's ending"),
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="The field that holds the text of records.", show_default="text")
+    ] = None,
     heldout_fraction: Annotated[
         float | None,
         typer.Option(
@@ -37,15 +46,19 @@ def evaluate(
     from dataclasses import asdict
 
     from moesys.checkpoint import load_text_model
-    from moesys.config import DataConfig
+    from moesys.config import build_config
     from moesys.env import read_cache_dir
     from moesys.training import evaluate_text
 
+    options = {
+        "source": data, "format": format, "text_field": text_field, "heldout_fraction": heldout_fraction
+    }  # fmt: skip
+    source = build_config({"data": {key: value for key, value in options.items() if value is not None}}).data
     if data == "stdlib" and heldout_fraction is None:
-        heldout_fraction = DataConfig().heldout_fraction
+        heldout_fraction = source.heldout_fraction
     loaded = load_text_model(model, dtype)
     evaluation = evaluate_text(
-        loaded.decoder, loaded.tokenizer, data, heldout_fraction, stride, max_tokens, read_cache_dir()
+        loaded.decoder, loaded.tokenizer, source, heldout_fraction, stride, max_tokens, read_cache_dir()
     )
     if as_json:
         print(json.dumps(asdict(evaluation)))

@@ -31,7 +31,7 @@ def generate(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
+    seed: Seed = None,
     stop: StopStrings = None,
     dtype: Dtype = None,
 ) -> None:
@@ -40,7 +40,7 @@ def generate(
     Example: `moesys generate runs/demo/export -p "def main():" -n 100 --temperature 0.7`
     """
     from moesys.checkpoint import load_text_model
-    from moesys.inference import Engine
+    from moesys.inference import Engine, Stop
     from moesys.inference import generate as start_generation
 
     sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -51,7 +51,7 @@ def generate(
         prompt,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_strings=stop or (),
+        stop=Stop(stop or (), loaded.stop_ids),
     )
     sys.stdout.write(prompt)
     for piece in generation:

@@ -39,11 +39,12 @@ def train(
 
 def run_to_end(trainer: Trainer) -> None:
     """Trains a started or resumed run and says what to do next."""
+    from moesys.training import exit_status
+
     console = trainer.console
     for line in trainer.describe():
         console.message(line)
     outcome = trainer.train()
-    if outcome.is_finished:
-        console.message(f"done; next: moesys export {trainer.run.path} --to {trainer.run.path / 'export'}")
-    else:
-        raise typer.Exit(130)
+    if outcome.interrupted_by is not None:
+        raise typer.Exit(exit_status(outcome.interrupted_by))
+    console.message(f"done; next: moesys export {trainer.run.path} --to {trainer.run.path / 'export'}")

@@ -6,8 +6,10 @@ The rules are one table: a key, when it is without effect, and why. Only keys th
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+from moesys.config.formats import has_fields
 from moesys.config.schema import Config
 from moesys.errors import IneffectiveOptionError
 
@@ -24,18 +26,57 @@ def _has_no_experts(config: Config) -> bool:
     return not any(config.model.experts_per_layer)
 
 
+def _has_no_capacity(config: Config) -> bool:
+    return _has_no_experts(config) or config.model.capacity_factor is None
+
+
 def _has_no_dense_layers(config: Config) -> bool:
     return all(config.model.experts_per_layer)
 
 
+def _has_plain_text(config: Config) -> bool:
+    data = config.data
+    if data.source.startswith("hf:"):
+        return False
+    file = Path(data.source).expanduser()
+    is_plain_file = data.format == "auto" and file.is_file() and not has_fields(file)
+    return data.source == "stdlib" or data.format == "text" or is_plain_file
+
+
 _NO_EXPERTS = "model.num_experts makes every layer dense; give some layers experts or drop the key"
+_NO_CAPACITY = "nothing is dropped without model.capacity_factor; set it or drop the key"
 
 RULES: tuple[Rule, ...] = (
     Rule("model.top_k", _has_no_experts, _NO_EXPERTS),
     Rule("model.expert_intermediate_size", _has_no_experts, _NO_EXPERTS),
     Rule("model.shared_expert_intermediate_size", _has_no_experts, _NO_EXPERTS),
     Rule("model.normalize_top_k", _has_no_experts, _NO_EXPERTS),
+    Rule("model.top_k_scale", _has_no_experts, _NO_EXPERTS),
+    Rule("model.router_score", _has_no_experts, _NO_EXPERTS),
+    Rule("model.router_min_score", _has_no_experts, _NO_EXPERTS),
+    Rule("model.expert_groups", _has_no_experts, _NO_EXPERTS),
+    Rule(
+        "model.top_k_groups",
+        lambda c: _has_no_experts(c) or c.model.top_k_groups == c.model.expert_groups,
+        "every token may use every group; set model.expert_groups to more than model.top_k_groups or drop the key",
+    ),
+    Rule("model.balance_bias_rate", _has_no_experts, _NO_EXPERTS),
+    Rule("model.capacity_factor", _has_no_experts, _NO_EXPERTS),
+    Rule("model.capacity_formula", _has_no_capacity, _NO_CAPACITY),
+    Rule("model.min_capacity", _has_no_capacity, _NO_CAPACITY),
+    Rule("model.drop_by", _has_no_capacity, _NO_CAPACITY),
+    Rule(
+        "model.shared_expert_gate",
+        lambda c: _has_no_experts(c) or not c.model.shared_expert_intermediate_size,
+        "there is no shared expert; set model.shared_expert_intermediate_size or drop the key",
+    ),
+    Rule("model.residual_expert", _has_no_experts, _NO_EXPERTS),
     Rule("training.balance_loss", _has_no_experts, _NO_EXPERTS),
+    Rule(
+        "training.balance_scope",
+        lambda c: _has_no_experts(c) or c.training.balance_loss == 0,
+        "there is no balance loss; set training.balance_loss, or drop the key",
+    ),
     Rule("training.router_z_loss", _has_no_experts, _NO_EXPERTS),
     Rule("runtime.kernel", _has_no_experts, _NO_EXPERTS),
     Rule(
@@ -60,13 +101,18 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "data.text_field",
-        lambda c: c.data.source == "stdlib" or c.data.format == "text",
+        _has_plain_text,
         "plain text has no fields; it applies to JSONL, Parquet and Hugging Face datasets",
     ),
     Rule(
         "training.decay_fraction",
         lambda c: c.training.schedule != "wsd",
         "it belongs to training.schedule=wsd; cosine decays from the end of the warm-up",
+    ),
+    Rule(
+        "training.final_learning_rate_ratio",
+        lambda c: c.training.schedule == "wsd" and c.training.decay_fraction == 0,
+        "training.decay_fraction=0 never decays",
     ),
     Rule(
         "training.evaluate_tokens",

@@ -27,6 +27,11 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Conf
     tree: dict[str, Any] = {} if path is None else _read_toml(path)
     for dotted, value in parse_overrides(overrides):
         _set_dotted(tree, dotted, value)
+    return build_config(tree)
+
+
+def build_config(tree: Mapping[str, Any]) -> Config:
+    """Builds the one validated config from the keys that a user set, by section. Raises like `load_config`."""
     _check_keys(tree)
     try:
         config = Config.model_validate(tree)

@@ -48,6 +48,34 @@ class ModelConfig(Section):
     """Inner width of an expert that every token passes; 0 means none."""
     normalize_top_k: bool = True
     """Whether the weights of a token's chosen experts are scaled to sum to one; must be false where top_k is 1."""
+    top_k_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Multiplies the weights of a token's chosen experts (DeepSeek's routed scaling factor)."""
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become scores: experts compete, or each is judged alone (DeepSeek-V3)."""
+    router_min_score: float | None = None
+    """Score that an expert needs to compute a token, the token's best one excepted; top_k is then the most that do.
+    Default: always top_k experts."""
+    expert_groups: PositiveInt = 1
+    """Groups of experts, of which a token uses the top_k_groups best (DeepSeek-V3); must divide num_experts."""
+    top_k_groups: PositiveInt = 1
+    """Groups that a token may use."""
+    balance_bias_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Step by which a bias per expert, which enters the choice and not the weights, moves against the load after each
+    optimizer step (loss-free balance); DeepSeek-V3 uses 0.001. 0 means no bias."""
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    """Most assignments of an expert in a forward pass, as a multiple of its even share; what exceeds it is dropped and
+    counted. Default: nothing is dropped."""
+    capacity_formula: Literal["deepspeed", "tutel"] = "deepspeed"
+    """Whose rounding and weights: ``deepspeed`` is ceil(tokens / experts * factor * top_k), survivors' weights are
+    normalised again; ``tutel`` is top_k * int(factor * ceil(tokens / experts)), survivors' weights stay."""
+    min_capacity: Annotated[int, Field(ge=0)] = 0
+    """Assignments that an expert takes at least, whatever the factor."""
+    drop_by: Literal["position", "probability", "confidence"] = "position"
+    """What an expert over capacity keeps: earlier choices and tokens, its highest scores, or the surest tokens."""
+    shared_expert_gate: bool = False
+    """Whether the shared expert is multiplied by a sigmoid of the token (Qwen2-MoE)."""
+    residual_expert: bool = False
+    """Whether a dense layer of the experts' shape stands beside the experts, mixed with them per token (PR-MoE)."""
     qk_norm: bool = True
     """Whether queries and keys are RMS-normalised per head before the rotary embedding."""
     attention_bias: bool = False
@@ -100,7 +128,33 @@ class ModelConfig(Section):
                 "router would learn nothing from the task loss; set model.normalize_top_k=false, or model.top_k to at "
                 "least 2"
             )
+        self._check_groups()
+        if self.router_min_score is not None and (self.expert_groups > 1 or self.capacity_factor is not None):
+            raise ValueError(
+                f"router_min_score ({self.router_min_score}) gives tokens different numbers of experts, for which "
+                f"expert_groups ({self.expert_groups}) and capacity_factor ({self.capacity_factor}) are not defined; "
+                "drop the one or the others"
+            )
         return self
+
+    def _check_groups(self) -> None:
+        if self.top_k_groups > self.expert_groups:
+            raise ValueError(
+                f"top_k_groups ({self.top_k_groups}) must not exceed expert_groups ({self.expert_groups})"
+            )
+        for num_experts in filter(None, self.experts_per_layer):
+            if num_experts % self.expert_groups:
+                divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+                raise ValueError(
+                    f"num_experts ({num_experts}) must be divisible by expert_groups ({self.expert_groups}); "
+                    f"try {', '.join(map(str, divisors))}"
+                )
+            reachable = num_experts // self.expert_groups * self.top_k_groups
+            if self.top_k > reachable:
+                raise ValueError(
+                    f"top_k ({self.top_k}) must not exceed the {reachable} experts of {self.top_k_groups} of "
+                    f"{self.expert_groups} groups; lower top_k or raise top_k_groups"
+                )
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
@@ -122,7 +176,7 @@ class DataConfig(Section):
 
     source: str = "stdlib"
     """``stdlib`` (source and documentation text of the running Python's standard library, no download), a
-    file, a folder, or ``hf:NAME`` for a Hugging Face dataset (extra ``data``)."""
+    file, a folder, or ``hf:NAME`` or ``hf:NAME:CONFIG`` for a Hugging Face dataset (extra ``data``)."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """How files are read; ``auto`` goes by the file name's ending."""
     text_field: str = "text"
@@ -159,7 +213,7 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     """Steps of linear warm-up."""
     decay_fraction: Fraction = 0.2
-    """Share of the steps that the decay of ``wsd`` takes."""
+    """Share of the steps that the decay of ``wsd`` takes, at least one step; 0 stays at the peak to the end."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay; applies to matrices by role, never to norms, biases or embeddings."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -172,6 +226,8 @@ class TrainingConfig(Section):
     """Largest global gradient norm; 0 never clips."""
     balance_loss: Annotated[float, Field(ge=0)] = 0.01
     """Coefficient of the expert load-balance loss, averaged over MoE layers."""
+    balance_scope: Literal["micro_batch", "sequence"] = "micro_batch"
+    """Over which tokens the balance loss wants experts evenly used: all of a forward pass, or each sequence."""
     router_z_loss: Annotated[float, Field(ge=0)] = 0.001
     """Coefficient of the router z-loss, averaged over MoE layers."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
@@ -210,7 +266,18 @@ class TrainingConfig(Section):
                 f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps}); "
                 f"try warmup_steps = {self.steps // 10}"
             )
+        if self.schedule == "wsd" and self.warmup_steps + self.num_decay_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) and the decay of wsd ({self.num_decay_steps} steps, "
+                f"decay_fraction {self.decay_fraction}) overlap in {self.steps} steps; "
+                f"try decay_fraction = {(self.steps - self.warmup_steps) / self.steps:.2g} or fewer warmup_steps"
+            )
         return self
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Steps of the decay of ``wsd``."""
+        return max(1, round(self.decay_fraction * self.steps)) if self.decay_fraction > 0 else 0
 
     @property
     def resolved_micro_batch(self) -> int:
@@ -233,7 +300,7 @@ class RuntimeConfig(Section):
     """``cpu``, ``cuda`` or ``cuda:N``."""
     threads: PositiveInt | None = None
     """Threads for CPU arithmetic. Default: torch's own choice."""
-    kernel: Literal["auto", "reference", "torch"] = "auto"
+    kernel: Literal["auto", "reference", "torch", "native"] = "auto"
     """Implementation of the expert kernels; a name that cannot run here is an error."""
     tensorboard: bool = False
     """Whether metrics are also written for TensorBoard (extra ``train``)."""

@@ -7,6 +7,7 @@ from moesys.data.loader import SequenceLoader
 from moesys.data.packing import PackedTokens, pack_documents
 from moesys.data.prepare import PreparedData, prepare_data
 from moesys.data.tokenizer import Tokenizer, train_tokenizer
+from moesys.data.tokenizer_config import TokenizerConfig
 
 __all__ = [
     "IGNORED_TARGET",
@@ -17,6 +18,7 @@ __all__ = [
     "PreparedData",
     "SequenceLoader",
     "Tokenizer",
+    "TokenizerConfig",
     "heldout_windows",
     "load_documents",
     "pack_documents",

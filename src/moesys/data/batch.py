@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-IGNORED_TARGET = -100
-"""The target id of a position that is not scored."""
+from moesys.kernels.cross_entropy.target import IGNORED_TARGET
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from moesys.config.formats import RECORD_SUFFIXES
 from moesys.data.sources import (
     Document,
     decode_utf8,
@@ -35,7 +36,7 @@ _TEXT_SUFFIXES = (
     *(".rs", ".go", ".java", ".kt", ".scala", ".swift", ".cs", ".js", ".ts", ".jsx", ".tsx", ".css"),
     *(".rb", ".pl", ".php", ".lua", ".jl", ".r", ".hs", ".ml", ".sh", ".sql"),
 )
-_SUFFIXES = {"text": _TEXT_SUFFIXES, "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
+_SUFFIXES = {"text": _TEXT_SUFFIXES, **RECORD_SUFFIXES}
 
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 _STDLIB_EXCLUDED_FOLDERS = frozenset(
@@ -53,7 +54,7 @@ def load_documents(source: str, format: Format = "auto", text_field: str = "text
 
     Args:
         source: ``stdlib`` (the running Python's own source and documentation, each text once), a file, a
-            folder (read recursively, without hidden files and folders), or ``hf:NAME``.
+            folder (read recursively, without hidden files and folders), or ``hf:NAME`` or ``hf:NAME:CONFIG``.
         format: how files are read; ``auto`` goes by the file name's ending. In a folder, ``jsonl`` and
             ``parquet`` take the files with that ending, ``text`` every file that is UTF-8 text; one
             warning on the log counts the files that are not.

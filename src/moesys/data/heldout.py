@@ -6,7 +6,9 @@ not scored again, so that late tokens are judged with a long history. Knows noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ from moesys.errors import DataError
 class HeldoutSet:
     """What one evaluation reads: bits per byte is the summed loss in nats / ln 2 / `num_bytes`."""
 
-    batches: tuple[Batch, ...]
+    batches: Sequence[Batch]
+    """Each is built when it is asked for, and not kept."""
     num_bytes: int
     """UTF-8 bytes of the documents covered."""
     num_targets: int
@@ -34,6 +37,26 @@ class _Window:
     length: int
     num_context: int
     """Leading positions that an earlier window has scored."""
+
+
+class _Batches(Sequence[Batch]):
+    """Batches of neighbouring windows, read from the packed tokens one at a time."""
+
+    def __init__(self, packed: PackedTokens, windows: Sequence[_Window], batch_sequences: int) -> None:
+        self._packed = packed
+        self._groups = [windows[i : i + batch_sequences] for i in range(0, len(windows), batch_sequences)]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(index, slice):
+            return [_build_batch(self._packed, group) for group in self._groups[index]]
+        return _build_batch(self._packed, self._groups[index])
 
 
 def heldout_windows(
@@ -77,10 +100,7 @@ def heldout_windows(
     ]
     windows.sort(key=lambda window: -window.length)
     return HeldoutSet(
-        batches=tuple(
-            _build_batch(packed, windows[i : i + batch_sequences])
-            for i in range(0, len(windows), batch_sequences)
-        ),
+        batches=_Batches(packed, windows, batch_sequences),
         num_bytes=int(packed.document_bytes[document_ids].sum()),
         num_targets=sum(window.length - window.num_context for window in windows),
         num_documents=len(document_ids),
@@ -110,7 +130,7 @@ def _cut_document(start: int, end: int, sequence_length: int, stride: int) -> li
     return windows
 
 
-def _build_batch(packed: PackedTokens, windows: list[_Window]) -> Batch:
+def _build_batch(packed: PackedTokens, windows: Sequence[_Window]) -> Batch:
     shape = (len(windows), max(window.length for window in windows))
     token_ids_BS = torch.full(shape, packed.end_of_text_id, dtype=torch.int64)
     target_ids_BS = torch.full(shape, IGNORED_TARGET, dtype=torch.int64)

@@ -57,7 +57,8 @@ class PackedTokens:
     def open(cls, folder: Path, *, verify: bool = False) -> Self:
         """Maps a folder written by `pack_documents`.
 
-        Sizes are always checked; `verify` also reads all tokens and compares their SHA-256.
+        Sizes are always checked; `verify` also reads all tokens, compares their SHA-256, and sees that every
+        document starts at an end of text.
 
         Raises:
             DataError: a file is missing, truncated or damaged.
@@ -75,8 +76,11 @@ class PackedTokens:
                 raise ValueError("the SHA-256 of tokens.bin differs from the index")
             if len(index["document_bytes"]) != len(starts) - 1:
                 raise ValueError(f"{len(index['document_bytes'])} documents, expected {len(starts) - 1}")
+            tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
+            if verify and not _starts_at(tokens, starts, index["end_of_text_id"]):
+                raise ValueError("document_starts.npy does not fit tokens.bin")
             return cls(
-                tokens=np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"),
+                tokens=tokens,
                 document_starts=starts,
                 document_bytes=np.array(index["document_bytes"], dtype=np.int64),
                 names=tuple(index["names"]),
@@ -89,14 +93,19 @@ class PackedTokens:
 def pack_documents(documents: Sequence[Document], tokenizer: Tokenizer, cache_dir: Path) -> PackedTokens:
     """Tokenises documents into `cache_dir`, or opens what an earlier call wrote for the same content.
 
-    A damaged entry is rebuilt with a warning on the log.
+    What lies there is verified, as the texts were just read anyway; a damaged entry is rebuilt with a warning on
+    the log.
     """
     folder = cache_dir / hash_parts(
         PACKING_VERSION,
         tokenizer.fingerprint,
         *(part for d in documents for part in (d.name, d.content_hash)),
     )
-    return open_or_build(folder, PackedTokens.open, lambda new: _write_packed(documents, tokenizer, new))
+    return open_or_build(
+        folder,
+        lambda entry: PackedTokens.open(entry, verify=True),
+        lambda entry: _write_packed(documents, tokenizer, entry),
+    )
 
 
 def _write_packed(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path) -> None:
@@ -141,6 +150,10 @@ def _group_texts(texts: Iterable[str]) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
+
+
+def _starts_at(tokens: np.ndarray, starts: np.ndarray, end_of_text_id: int) -> bool:
+    return bool(starts[0] == 0 and (np.diff(starts) > 0).all() and (tokens[starts] == end_of_text_id).all())
 
 
 def _hash_file(path: Path) -> str:

@@ -32,10 +32,11 @@ class PreparedData:
     one means equal tokens in equal order."""
 
 
-def prepare_data(config: DataConfig, cache_dir: Path) -> PreparedData:
+def prepare_data(config: DataConfig, cache_dir: Path, tokenizer: Tokenizer | None = None) -> PreparedData:
     """Loads, splits, tokenises and packs a corpus; unchanged content is read from `cache_dir`.
 
-    The tokenizer is trained on the training documents only.
+    A `tokenizer` that is given, such as the one that a run has saved, is used whatever the config says; else
+    the config's is loaded, or one is trained on the training documents only.
 
     Raises:
         DataError: the source or the tokenizer cannot be used, or the corpus is too small.
@@ -43,10 +44,8 @@ def prepare_data(config: DataConfig, cache_dir: Path) -> PreparedData:
     """
     documents = load_documents(config.source, config.format, config.text_field)
     train_documents, heldout_documents = split_heldout(documents, config.heldout_fraction)
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer.load(Path(config.tokenizer).expanduser())
-    else:
-        tokenizer = _train_cached(train_documents, config.vocab_size, cache_dir / "tokenizers")
+    if tokenizer is None:
+        tokenizer = _load_or_train(config, train_documents, cache_dir / "tokenizers")
     train = pack_documents(train_documents, tokenizer, cache_dir / "packed")
     count_sequences(train, config.sequence_length)
     heldout = pack_documents(heldout_documents, tokenizer, cache_dir / "packed")
@@ -78,10 +77,12 @@ def _describe(source: str, documents: list[Document], train: PackedTokens, heldo
     return f"{source}: {len(documents)} documents, {size}, {heldout.num_documents} documents held out"
 
 
-def _train_cached(documents: list[Document], vocab_size: int, cache_dir: Path) -> Tokenizer:
+def _load_or_train(config: DataConfig, documents: list[Document], cache_dir: Path) -> Tokenizer:
+    if config.tokenizer is not None:
+        return Tokenizer.load(Path(config.tokenizer).expanduser())
     content_hashes = (document.content_hash for document in documents)
     return open_or_build(
-        cache_dir / hash_parts(_TOKENIZER_VERSION, vocab_size, *content_hashes),
+        cache_dir / hash_parts(_TOKENIZER_VERSION, config.vocab_size, *content_hashes),
         Tokenizer.load,
-        lambda folder: train_tokenizer((d.text for d in documents), vocab_size).save(folder),
+        lambda folder: train_tokenizer((d.text for d in documents), config.vocab_size).save(folder),
     )

@@ -80,16 +80,21 @@ def read_parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:
 def read_hugging_face(dataset_name: str, text_field: str) -> Iterator[Document]:
     """Yields the column ``text_field`` of the split ``train`` of a dataset on the Hugging Face hub.
 
+    Args:
+        dataset_name: ``NAME`` or ``NAME:CONFIG``, such as ``wikitext:wikitext-2-raw-v1``.
+        text_field: the column.
+
     Raises:
         MissingExtraError: ``datasets`` is not installed.
     """
     datasets = _import_extra("datasets", "datasets", f"reading hf:{dataset_name}")
+    path, _, subset = dataset_name.partition(":")
     try:
-        dataset = datasets.load_dataset(dataset_name, split="train")
+        dataset = datasets.load_dataset(path, name=subset or None, split="train")
     except (OSError, ValueError) as error:
         raise DataError(
             f"hf:{dataset_name}: the dataset cannot be loaded ({error}); "
-            "check its name, its split 'train' and the network"
+            "check its name (hf:NAME, or hf:NAME:CONFIG where it has several), its split 'train' and the network"
         ) from error
     _require_column(dataset.column_names, text_field, f"hf:{dataset_name}")
     for row, record in enumerate(dataset.select_columns([text_field])):

@@ -15,8 +15,10 @@ from typing import Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moesys.data.tokenizer_config import TOKENIZER_CONFIG_FILE, TokenizerConfig
 from moesys.errors import DataError
 
+_TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 # The end-of-text names of the model families that moesys reads, for a tokenizer.json that comes alone.
 _KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -54,7 +56,7 @@ class Tokenizer:
         Raises:
             DataError: there is no such file, it cannot be parsed, or it has no end-of-text token.
         """
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = path / _TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             raise DataError(
                 f"{file}: there is no such file; set data.tokenizer to a tokenizer.json or its folder, "
@@ -64,7 +66,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the Rust side raises plain Exception
             raise DataError(f"{file}: not a tokenizer.json that 'tokenizers' can read ({error})") from error
-        declared = _read_declared_end_of_text(file.with_name("tokenizer_config.json"))
+        declared = TokenizerConfig.load(file.parent).eos_token
         candidates = (declared,) if declared else _KNOWN_END_OF_TEXT
         for candidate in candidates:
             if inner.token_to_id(candidate) is not None:
@@ -74,17 +76,25 @@ class Tokenizer:
             "name one of its tokens as eos_token in a tokenizer_config.json beside it"
         )
 
-    def save(self, folder: Path) -> None:
-        """Writes ``tokenizer.json`` and ``tokenizer_config.json``; transformers loads the folder too."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def render_files(self) -> dict[str, str]:
+        """Returns the text of ``tokenizer.json`` and ``tokenizer_config.json``, from which transformers and `load` make
+        this tokenizer again."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._end_of_text,
             "eos_token": self._end_of_text,
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer.json").write_text(self._inner.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return {
+            _TOKENIZER_FILE: self._inner.to_str(pretty=True),
+            TOKENIZER_CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+        }
+
+    def save(self, folder: Path) -> None:
+        """Writes the files into a folder, not synced; a folder or a file that is missing is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.render_files().items():
+            (folder / name).write_text(text, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of the text, without any special token."""
@@ -150,13 +160,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     inner.train_from_iterator(texts, trainer)
     return Tokenizer(inner, END_OF_TEXT)
-
-
-def _read_declared_end_of_text(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    try:
-        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{file}: not a JSON object ({error}); repair it or remove it") from error
-    return token.get("content") if isinstance(token, dict) else token

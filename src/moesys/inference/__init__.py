@@ -2,7 +2,7 @@
 
 from moesys.inference.chat import ChatFormat, ChatSession
 from moesys.inference.engine import Engine, SequenceStep
-from moesys.inference.generate import Generation, GenerationStats, generate
+from moesys.inference.generate import Generation, GenerationStats, Stop, generate
 from moesys.inference.sampling import SamplingParams
 from moesys.inference.text import TextStream
 
@@ -14,6 +14,7 @@ __all__ = [
     "GenerationStats",
     "SamplingParams",
     "SequenceStep",
+    "Stop",
     "TextStream",
     "generate",
 ]

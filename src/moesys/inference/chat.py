@@ -3,21 +3,20 @@ session that answers line by line."""
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moesys.data import Tokenizer
+from moesys.data import Tokenizer, TokenizerConfig
 from moesys.errors import GenerationError, ModelFormatError
 from moesys.inference.engine import Engine
-from moesys.inference.generate import DEFAULT_NEW_TOKENS, Generation
+from moesys.inference.generate import DEFAULT_NEW_TOKENS, Generation, Stop
 from moesys.inference.sampling import SamplingParams
 
 _MAX_TEMPLATE_CHARS = 65536
@@ -58,16 +57,17 @@ class ChatFormat:
     def load(cls, folder: Path) -> ChatFormat:
         """Reads a model folder's chat template; without one the transcript format is returned.
 
-        Raises `ModelFormatError` for files that cannot be read as what they should be.
+        Raises `ModelFormatError` for a template that is none, and `DataError` for a ``tokenizer_config.json`` that
+        cannot be read.
         """
-        keys = _read_tokenizer_config(folder / "tokenizer_config.json")
+        declared = TokenizerConfig.load(folder)
         standalone = folder / "chat_template.jinja"
-        template = _read_text(standalone) if standalone.exists() else keys.get("chat_template")
+        template = _read_text(standalone) if standalone.exists() else declared.chat_template
         if template is not None and (not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARS):
             raise ModelFormatError(
                 f"the chat template of {folder} must be one text of at most {_MAX_TEMPLATE_CHARS} characters"
             )
-        tokens = {name: _name_token(keys.get(name)) for name in ("bos_token", "eos_token")}
+        tokens = {"bos_token": declared.bos_token, "eos_token": declared.eos_token}
         stop = () if template is not None else ("\nUser:",)
         return cls(template, stop, {name: token for name, token in tokens.items() if token is not None})
 
@@ -115,10 +115,13 @@ class ChatSession:
         sampling: SamplingParams,
         max_new_tokens: int | None,
         system: str | None = None,
+        stop_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """``stop_ids`` end an answer beside the tokenizer's end of text."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._format = chat_format
+        self._stop = Stop(chat_format.stop_strings, stop_ids)
         self._sampling = sampling
         half_context = engine.model.config.max_positions // 2
         self._max_new_tokens = max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, half_context))
@@ -139,7 +142,7 @@ class ChatSession:
             prompt_ids,
             self._max_new_tokens,
             self._sampling,
-            self._format.stop_strings,
+            self._stop,
         )
         pieces: list[str] = []
         for piece in self._last:
@@ -169,29 +172,11 @@ class ChatSession:
         )
 
 
-def _read_tokenizer_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        keys = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ModelFormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise ModelFormatError(f"{path} must hold a JSON object")
-    return keys
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ModelFormatError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _name_token(token: object) -> str | None:
-    """Returns the name of a token that is written as a name, or as an object that holds it as ``content``."""
-    name = token.get("content") if isinstance(token, dict) else token
-    return name if isinstance(name, str) else None
 
 
 def _raise(message: str) -> NoReturn:

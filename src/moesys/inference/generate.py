@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -51,6 +51,16 @@ class GenerationStats:
         )
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What ends a text before its length does, beside the tokenizer's end of text."""
+
+    strings: Sequence[str] = ()
+    """The text ends before the first of them."""
+    token_ids: Collection[int] = frozenset()
+    """Further tokens that mean the end of text, and are not shown."""
+
+
 class Generation:
     """A generation in progress: iterate over it, once, for pieces of text, then read ``stats``.
 
@@ -65,7 +75,7 @@ class Generation:
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         sampling: SamplingParams,
-        stop_strings: Sequence[str],
+        stop: Stop,
     ) -> None:
         if max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens ({max_new_tokens}) must be 1 or more")
@@ -77,7 +87,8 @@ class Generation:
         self._num_prompt = len(prompt_ids)
         self._limit = len(prompt_ids) + max_new_tokens
         self._sampling = sampling
-        self._stream = TextStream(tokenizer.decode, stop_strings, prompt_ids)
+        self._stream = TextStream(tokenizer.decode, stop.strings, prompt_ids)
+        self._end_ids = {tokenizer.end_of_text_id, *stop.token_ids}
         self.stats: GenerationStats | None = None
         """Set when the iteration has ended."""
 
@@ -115,7 +126,7 @@ class Generation:
         return time.perf_counter() - begin
 
     def _find_finish(self) -> FinishReason | None:
-        if self._ids[-1] == self._tokenizer.end_of_text_id:
+        if self._ids[-1] in self._end_ids:
             return FinishReason.END_OF_TEXT
         return FinishReason.LENGTH if len(self._ids) >= self._limit else None
 
@@ -127,7 +138,7 @@ def generate(
     *,
     max_new_tokens: int | None = None,
     sampling: SamplingParams | None = None,
-    stop_strings: Sequence[str] = (),
+    stop: Stop | None = None,
 ) -> Generation:
     """Continues a text as if it were the beginning of a document. Iterate over the result for pieces of text.
 
@@ -137,5 +148,5 @@ def generate(
     if max_new_tokens is None:
         max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, engine.model.config.max_positions - len(prompt_ids)))
     return Generation(
-        engine, tokenizer, prompt_ids, max_new_tokens, sampling or SamplingParams(), stop_strings
+        engine, tokenizer, prompt_ids, max_new_tokens, sampling or SamplingParams(), stop or Stop()
     )

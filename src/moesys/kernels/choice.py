@@ -18,7 +18,9 @@ class Kernel(StrEnum):
     NATIVE = "native"
 
 
-def choose_kernel(operator: str, asked: Kernel, fitting: Collection[Kernel], obstacles: dict[Kernel, str]) -> Kernel:
+def choose_kernel(
+    operator: str, asked: Kernel, fitting: Collection[Kernel], obstacles: dict[Kernel, str]
+) -> Kernel:
     """Returns the implementation for a call: the one asked for, else ``MOESYS_KERNEL``, else the first that fits.
 
     fitting:    implementations that can take the call, fastest first.

@@ -8,6 +8,7 @@ from moesys.models.attend import Attend
 from moesys.models.config import AttentionConfig
 from moesys.models.norm import RMSNorm
 from moesys.models.rotary import Rotation, apply_rotation
+from moesys.moe import Linear
 
 
 class Attention(nn.Module):
@@ -21,8 +22,8 @@ class Attention(nn.Module):
         self.config = config
         self.layer_id = layer_id
         num_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv_proj = nn.Linear(hidden_size, num_rows, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, hidden_size, bias=config.output_bias)
+        self.qkv_proj = Linear(hidden_size, num_rows, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_heads * config.head_dim, hidden_size, bias=config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, norm_epsilon) if config.qk_norm else None
 

@@ -90,5 +90,7 @@ class DecoderConfig:
 def _count_active_weights(layer: MoEConfig | DenseConfig, hidden_size: int) -> int:
     if isinstance(layer, DenseConfig):
         return 3 * hidden_size * layer.intermediate_size
-    experts = 3 * hidden_size * (layer.top_k * layer.intermediate_size + layer.shared_intermediate_size)
-    return experts + hidden_size * layer.num_experts
+    expert = (1 + layer.form.num_halves) * hidden_size * layer.intermediate_size
+    experts = (layer.top_k + layer.is_residual) * expert + 3 * hidden_size * layer.shared_intermediate_size
+    mixing = hidden_size * (2 * layer.is_residual + layer.shared_expert_gate)
+    return experts + mixing + hidden_size * layer.num_experts

@@ -10,13 +10,22 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesys.kernels import Kernel
+from moesys.kernels import Kernel, linear
 from moesys.models.attend import Attend
 from moesys.models.attention import Attention
 from moesys.models.config import DecoderConfig, DenseConfig
 from moesys.models.norm import RMSNorm
 from moesys.models.rotary import Rotation, compute_rotation
-from moesys.moe import Execution, LocalDispatcher, MoELayer, ResidentSource, Routing, RoutingTape, SwiGLU
+from moesys.moe import (
+    Execution,
+    Linear,
+    LocalDispatcher,
+    MoELayer,
+    ResidentSource,
+    Routing,
+    RoutingTape,
+    SwiGLU,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer_id) for layer_id in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.head = (
-            None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     def forward(
@@ -96,7 +105,7 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Returns (..., vocabulary) logits of (..., hidden) states, in their dtype."""
-        return nn.functional.linear(hidden, self.head_weight_VD)
+        return linear(hidden, self.head_weight_VD)
 
     def make_resident_execution(self, kernel: Kernel = Kernel.AUTO, *, recompute: bool = False) -> Execution:
         """Returns the execution in which every token and every expert stays where it is."""

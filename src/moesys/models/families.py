@@ -15,7 +15,7 @@ from torch import Tensor
 from moesys.errors import ModelFormatError
 from moesys.models.config import AttentionConfig, DecoderConfig, DenseConfig
 from moesys.models.decoder import Block, Decoder
-from moesys.moe import MoEConfig, MoELayer, SwiGLU
+from moesys.moe import ExpertBank, MoEConfig, MoELayer, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Family:
         if isinstance(block.feed_forward, MoELayer):
             yield f"{names.prefix}.{names.router}.weight", block.feed_forward.router.weight_ED
             bank = block.feed_forward.experts
+            assert isinstance(bank, ExpertBank)
             for expert_id in range(bank.down_EDF.shape[0]):
                 pieces = _iterate_swiglu(names, bank.gate_up_EFD[expert_id], bank.down_EDF[expert_id])
                 yield from ((f"{names.prefix}.experts.{expert_id}.{name}", view) for name, view in pieces)
@@ -257,13 +258,25 @@ def _find_common_misfits(config: DecoderConfig) -> list[str]:
         misfits.append(f"its dense layers all have the same width, the model's have {sorted(widths)}")
     if any(shape.shared_intermediate_size for shape in shapes):
         misfits.append("it has no shared expert (model.shared_expert_intermediate_size)")
-    return misfits
+    return misfits + sorted({misfit for shape in shapes for misfit in _find_special_options(shape)})
+
+
+def _find_special_options(moe: MoEConfig) -> list[str]:
+    """Names the options that no layout here can hold: all beyond sizes, top-k, normalisation and shared expert."""
+    plain = MoEConfig(
+        moe.num_experts, moe.top_k, moe.intermediate_size, moe.normalize_top_k, moe.shared_intermediate_size
+    )
+    differing = [f.name for f in fields(MoEConfig) if getattr(moe, f.name) != getattr(plain, f.name)]
+    return [
+        f"its MoE layers have {name} {getattr(plain, name)}, the model's have {getattr(moe, name)}"
+        for name in differing
+    ]
 
 
 def _describe_shapes(shapes: Iterable[MoEConfig]) -> str:
     """Names the fields in which the shapes differ, with their values."""
     values = {field.name: {getattr(shape, field.name) for shape in shapes} for field in fields(MoEConfig)}
-    return ", ".join(f"{name} {sorted(found)}" for name, found in values.items() if len(found) > 1)
+    return ", ".join(f"{name} {sorted(found, key=str)}" for name, found in values.items() if len(found) > 1)
 
 
 def _find_moe(config: DecoderConfig) -> MoEConfig:

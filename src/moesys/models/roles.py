@@ -7,7 +7,7 @@ from enum import Enum
 from torch import nn
 
 from moesys.models.norm import RMSNorm
-from moesys.moe import ExpertBank, TopKRouter
+from moesys.moe import ExpertBank, Router
 
 
 class Role(Enum):
@@ -38,9 +38,9 @@ def _find_role(module: nn.Module, name: str) -> Role:
             return Role.BIAS if name == "bias" else Role.PROJECTION
         case RMSNorm():
             return Role.NORM
-        case TopKRouter():
+        case Router():
             return Role.ROUTER
         case ExpertBank():
-            return Role.EXPERT
+            return Role.BIAS if "bias" in name else Role.EXPERT
         case _:
             raise TypeError(f"the parameter {name!r} of {type(module).__name__} has no role; add it to Role")

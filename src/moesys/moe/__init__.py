@@ -1,31 +1,74 @@
 """Routing, the MoE layer and its two seams. Single-device PyTorch: knows nothing of ranks, files or memory tiers."""
 
+from moesys.moe.balance import BiasBalancer, compute_selection_bias
+from moesys.moe.capacity import Capacity, CapacityFormula, DropBy, compute_positions
+from moesys.moe.choice import Choice
+from moesys.moe.config import MoEConfig
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher, Part
 from moesys.moe.execution import Execution
-from moesys.moe.layer import MoEConfig, MoELayer
-from moesys.moe.losses import compute_balance_loss, compute_router_z_loss
-from moesys.moe.router import TopKRouter
-from moesys.moe.routing import Routing, RoutingTape
-from moesys.moe.source import ExpertBank, ExpertSource, ResidentSource
+from moesys.moe.layer import MoELayer
+from moesys.moe.linear import Linear
+from moesys.moe.losses import (
+    BalanceScope,
+    compute_balance_loss,
+    compute_router_z_loss,
+    compute_sequence_balance_loss,
+)
+from moesys.moe.router import Router, TopKRouter
+from moesys.moe.routing import Routing
+from moesys.moe.score import Score
+from moesys.moe.selection import GroupLimitedTopK, Selection, Threshold, TopK
+from moesys.moe.source import (
+    Bank,
+    ExpertBank,
+    ExpertSource,
+    ModuleBank,
+    QuantizedBank,
+    ResidentSource,
+    quantize_bank,
+)
 from moesys.moe.swiglu import SwiGLU
+from moesys.moe.tape import RoutingTape
 from moesys.moe.telemetry import ExpertLoad, LoadMeter
+from moesys.moe.weighting import Normalization
 
 __all__ = [
+    "BalanceScope",
+    "Bank",
+    "BiasBalancer",
+    "Capacity",
+    "CapacityFormula",
+    "Choice",
     "Dispatcher",
+    "DropBy",
     "Execution",
     "ExpertBank",
     "ExpertLoad",
     "ExpertSource",
+    "GroupLimitedTopK",
+    "Linear",
     "LoadMeter",
     "LocalDispatcher",
     "MoEConfig",
     "MoELayer",
+    "ModuleBank",
+    "Normalization",
     "Part",
+    "QuantizedBank",
     "ResidentSource",
+    "Router",
     "Routing",
     "RoutingTape",
+    "Score",
+    "Selection",
     "SwiGLU",
+    "Threshold",
+    "TopK",
     "TopKRouter",
     "compute_balance_loss",
+    "compute_positions",
     "compute_router_z_loss",
+    "compute_selection_bias",
+    "compute_sequence_balance_loss",
+    "quantize_bank",
 ]

@@ -6,83 +6,146 @@ as they arrive, and lets the dispatcher take the results home.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from moesys.errors import ShapeError
+from moesys.errors import RoutingError, ShapeError
 from moesys.kernels import compute_experts, compute_experts_summed, sum_rows
+from moesys.moe.choice import Choice
+from moesys.moe.config import MoEConfig
+from moesys.moe.coverage import require_each_expert_once
 from moesys.moe.dispatch import LocalDispatcher, Part
 from moesys.moe.execution import Execution
-from moesys.moe.router import TopKRouter
+from moesys.moe.linear import Linear
+from moesys.moe.mlp import make_dense
+from moesys.moe.residual import ResidualBranch
+from moesys.moe.router import Router, make_router
 from moesys.moe.routing import Routing
-from moesys.moe.source import ExpertBank, ResidentSource
+from moesys.moe.source import ExpertBank, ModuleBank, ResidentSource
 from moesys.moe.swiglu import SwiGLU
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """The shape of a MoE layer."""
-
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    """Inner width of one SwiGLU expert."""
-    normalize_top_k: bool = True
-    """Whether a token's weights are scaled to sum to one."""
-    shared_intermediate_size: int = 0
-    """Inner width of an expert that every token passes; 0 for none."""
 
 
 class MoELayer(nn.Module):
     """A Mixture-of-Experts feed-forward layer. Drops into any `nn.Module` where a feed-forward layer stood.
 
-    Dropless: each (token, choice) is computed exactly once. ``forward`` takes (..., hidden) and returns the same
-    shape with the `Routing` of its tokens, from which balance losses and telemetry are computed.
+    Dropless unless the config or the `Execution` sets a capacity: each (token, choice) is computed exactly once.
+    ``forward`` takes (..., hidden) and returns the same shape with the `Routing` of its tokens, from which balance
+    losses and telemetry are computed.
     """
 
-    def __init__(self, hidden_size: int, config: MoEConfig, *, layer_id: int = 0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        config: MoEConfig,
+        *,
+        layer_id: int = 0,
+        router: Router | None = None,
+        experts: ModuleBank | None = None,
+    ) -> None:
+        """``router`` and ``experts`` replace those that the config describes. Raises `RoutingError` or `ShapeError` for
+        a config that cannot be built, and for other numbers of experts than the config's."""
         super().__init__()
         self.layer_id = layer_id
-        self.router = TopKRouter(
-            hidden_size, config.num_experts, config.top_k, normalize=config.normalize_top_k
+        self.hidden_size = hidden_size
+        self.capacity = config.capacity
+        self.bias_update_rate = config.bias_update_rate
+        self.router = make_router(hidden_size, config) if router is None else router
+        shape = (hidden_size, config.intermediate_size, config.form, config.expert_bias)
+        self.experts: ExpertBank | ModuleBank = (
+            ExpertBank(config.num_experts, *shape) if experts is None else experts
         )
-        self.experts = ExpertBank(config.num_experts, hidden_size, config.intermediate_size)
+        self.residual = ResidualBranch(hidden_size, make_dense(*shape)) if config.is_residual else None
         self.shared_expert = (
             SwiGLU(hidden_size, config.shared_intermediate_size) if config.shared_intermediate_size else None
         )
+        self.shared_expert_gate = Linear(hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        found = (self.router.num_experts, self.experts.view.num_slots)
+        if found != (config.num_experts, config.num_experts):
+            raise ShapeError(
+                f"the router has {found[0]} experts and the bank {found[1]}; both must have num_experts "
+                f"({config.num_experts})"
+            )
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draws every weight from a normal distribution with standard deviation ``std``."""
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=std)
+        """Draws weights from a normal distribution with standard deviation ``std`` and zeroes biases; experts that are
+        the user's own modules stay as they are."""
+        own = set() if isinstance(self.experts, ExpertBank) else set(self.experts.parameters())
+        for name, parameter in self.named_parameters():
+            if parameter in own:
+                continue
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
 
-    def forward(self, x: Tensor, execution: Execution | None = None) -> tuple[Tensor, Routing]:
-        """Computes the layer; without an `Execution` everything is local and resident. Raises `ShapeError`."""
-        hidden_size = self.router.weight_ED.shape[1]
-        if x.shape[-1] != hidden_size:
+    def forward(
+        self, x: Tensor, execution: Execution | None = None, *, given: Choice | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Computes the layer; without an `Execution` everything is local and resident.
+
+        given: the experts of each token, as in routing by task, instead of the router's choice; the weights are the
+               router's. `Choice.from_table` makes one.
+
+        Raises `ShapeError` for an x of another width or of integers, and for a source that leaves experts out;
+        `RoutingError` for NaN or Inf in the router's logits and for experts that do not exist.
+        """
+        if x.shape[-1] != self.hidden_size:
             raise ShapeError(
-                f"the last dimension of x ({x.shape[-1]}) must be the layer's hidden size ({hidden_size})"
+                f"the last dimension of x ({x.shape[-1]}) must be the layer's hidden size ({self.hidden_size})"
             )
+        if not x.is_floating_point():
+            raise ShapeError(f"x must be floating point, got {x.dtype}; embed or cast it first")
         if execution is None:
             execution = Execution(LocalDispatcher(), ResidentSource({self.layer_id: self.experts}))
-        # Under autocast the layer before may hand over another dtype than the experts compute in.
-        x_TD = x.reshape(-1, hidden_size).to(self.experts.gate_up_EFD.dtype)
-        routing = self._route(x_TD, execution)
+        x_TD = x.reshape(-1, self.hidden_size)
+        if isinstance(self.experts, ExpertBank):
+            # Under autocast the layer before may hand over another dtype than the experts compute in.
+            x_TD = x_TD.to(self.experts.gate_up_EFD.dtype)
+        routing = self._route(x_TD, execution, given)
         execution.source.hint(self.layer_id, routing)
         y_TD = self._compute_experts(x_TD, routing, execution)
+        if self.residual is not None:
+            y_TD = self.residual(x_TD, y_TD)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+            y_TD = y_TD + self._compute_shared(x_TD, self.shared_expert)
         return y_TD.view(x.shape).to(x.dtype), routing
 
-    def _route(self, x_TD: Tensor, execution: Execution) -> Routing:
-        tape = execution.tape
-        routing = self.router(x_TD, None if tape is None else tape.replayed_expert_ids)
-        if tape is not None:
-            tape.record(routing.expert_ids.view(routing.num_tokens, self.router.top_k))
+    def _route(self, x_TD: Tensor, execution: Execution, given: Choice | None) -> Routing:
+        """Routes, checks and drops, or repeats what the tape says was decided."""
+        if given is not None:
+            self._require_experts(given)
+        replayed = None if execution.tape is None else execution.tape.replayed
+        routing = self.router(
+            x_TD, top_k=execution.top_k, given=given if replayed is None else replayed.choice
+        )
+        if execution.checks_logits:
+            self._require_finite(routing)
+        capacity = self.capacity if execution.capacity is None else execution.capacity
+        if capacity is not None:
+            dropped = capacity.find_dropped(routing) if replayed is None else replayed.dropped
+            routing = capacity.mark(routing, dropped)
+        if execution.tape is not None:
+            execution.tape.record(routing)
         return routing
+
+    def _require_experts(self, given: Choice) -> None:
+        ids, num_experts = given.expert_ids, self.router.num_experts
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
+            raise RoutingError(
+                f"given expert ids must be between 0 and {num_experts - 1}, got {int(ids.min())} to {int(ids.max())}"
+            )
+
+    def _require_finite(self, routing: Routing) -> None:
+        """One sum finds NaN and Inf; only when it is not finite are tokens counted (it may have overflowed)."""
+        if routing.logits_TE is None or bool(routing.logits_TE.detach().sum().isfinite()):
+            return
+        num_bad = int((~routing.logits_TE.isfinite()).any(dim=1).sum())
+        if num_bad:
+            raise RoutingError(
+                f"layer {self.layer_id}: router logits are NaN or Inf for {num_bad} of {routing.num_tokens} tokens; "
+                "look for NaN in the layer's input and in its router's weight"
+            )
 
     def _compute_experts(self, x_TD: Tensor, routing: Routing, execution: Execution) -> Tensor:
         total_TD: Tensor | None = None
@@ -91,20 +154,29 @@ class MoELayer(nn.Module):
             total_TD = y_TD if total_TD is None else total_TD + y_TD
         return torch.zeros_like(x_TD) if total_TD is None else total_TD
 
+    def _compute_shared(self, x_TD: Tensor, expert: SwiGLU) -> Tensor:
+        if self.shared_expert_gate is None:
+            return expert(x_TD)
+        return self.shared_expert_gate(x_TD).sigmoid() * expert(x_TD)
+
     def _compute_part(self, part: Part, execution: Execution) -> Tensor:
         """Computes the views as they arrive. A lone view sums in the kernel; several are summed when all are done,
         so that the order of the sum is the order of the choices and never the order of arrival."""
+        adapters = None if execution.adapters is None else execution.adapters.get(self.layer_id)
+        tables: list[Tensor] = []
         y_AD: Tensor | None = None
         for view in execution.source.acquire(self.layer_id, part.rows.offsets):
             try:
-                if view.covers_all:
+                if view.slot_of_expert is None:
                     return compute_experts_summed(
-                        part.rows, view, part.weights_A, part.token_sum, execution.kernel
+                        part.rows, view, part.weights_A, part.token_sum, adapters, kernel=execution.kernel
                     )
-                view_y_AD = compute_experts(part.rows, view, execution.kernel)
+                view_y_AD = compute_experts(part.rows, view, adapters, kernel=execution.kernel)
+                tables.append(view.slot_of_expert)
             finally:
                 execution.source.release(self.layer_id, view)
             y_AD = view_y_AD if y_AD is None else y_AD + view_y_AD
+        require_each_expert_once(self.layer_id, part.rows.offsets, tables)
         if y_AD is None:
-            raise ShapeError(f"the expert source yielded no view for layer {self.layer_id}")
+            y_AD = part.rows.x_RD.new_zeros(0, part.rows.x_RD.shape[1])
         return sum_rows(y_AD, part.weights_A, part.token_sum)

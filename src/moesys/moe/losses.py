@@ -1,9 +1,12 @@
 """Losses that keep the experts evenly used and the router's logits small. They read nothing but a Routing.
 
-Scope: ``micro_batch``, all tokens of one forward pass, which are the tokens of the Routing given.
+Each says the scope of its statistics. A loss over a larger scope takes the counts of that scope as an argument, so
+that whoever knows the scope (several ranks, several micro-batches) can sum them up in between.
 """
 
 from __future__ import annotations
+
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -12,15 +15,54 @@ from moesys.errors import ShapeError
 from moesys.moe.routing import Routing
 
 
-def compute_balance_loss(routing: Routing) -> Tensor:
+class BalanceScope(StrEnum):
+    """Over which tokens a balance loss wants experts evenly used."""
+
+    MICRO_BATCH = "micro_batch"
+    """All tokens of a forward pass: `compute_balance_loss`."""
+    SEQUENCE = "sequence"
+    """The tokens of each sequence by itself: `compute_sequence_balance_loss`."""
+
+
+def compute_balance_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
     """Computes E * sum_e f_e * P_e, a float32 scalar that is 1 when every expert is equally used.
 
     f_e is the share of assignments that chose expert e (no gradient), P_e the mean score of e over the tokens.
-    Source: Switch Transformer, arXiv 2101.03961, equation 4, with shares over all k choices.
+    Source: Switch Transformer, arXiv 2101.03961, equation 4, with shares over all k choices; for k = 1 this is
+    GShard's loss (arXiv 2006.16668) as Tutel and DeepSpeed compute it.
+
+    counts_E: (experts,) assignments per expert over the scope of f. By default those of this Routing: scope
+    ``micro_batch`` where it holds all tokens of the forward pass. With the summed counts of all ranks or of all
+    micro-batches this is the global-batch loss (arXiv 2501.11873): f has that scope, P_e that of the Routing, and the
+    mean over Routings by their tokens is the loss over all of them.
     """
     scores_TE = _require(routing.scores_TE, "scores_TE")
-    share_E = routing.compute_expert_counts().to(scores_TE.dtype) / max(1, routing.num_assignments)
+    if counts_E is None:
+        counts_E = routing.compute_expert_counts()
+    share_E = counts_E.to(scores_TE.dtype) / counts_E.sum().clamp_min(1)
     return routing.num_experts * (share_E * scores_TE.sum(dim=0)).sum() / max(1, routing.num_tokens)
+
+
+def compute_sequence_balance_loss(routing: Routing, num_sequences: int) -> Tensor:
+    """Computes the balance loss of each sequence by itself and returns the mean, a float32 scalar.
+
+    The tokens are ``num_sequences`` sequences of equal length, one after the other. Scope: ``sequence``.
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20, with f counting the experts that were chosen, bias
+    included. Raises `ShapeError` when the tokens cannot be cut evenly.
+    """
+    scores_TE = _require(routing.scores_TE, "scores_TE")
+    if num_sequences < 1 or routing.num_tokens % num_sequences:
+        raise ShapeError(
+            f"the {routing.num_tokens} tokens of the Routing must be {num_sequences} sequences of equal length; give "
+            "the number of rows of the batch"
+        )
+    num_experts, length = routing.num_experts, max(1, routing.num_tokens // num_sequences)
+    cells = routing.compute_token_ids() // length * num_experts + routing.expert_ids
+    counts_SE = cells.new_zeros(num_sequences * num_experts).scatter_add_(0, cells, torch.ones_like(cells))
+    counts_SE = counts_SE.view(num_sequences, num_experts)
+    share_SE = counts_SE.to(scores_TE.dtype) / counts_SE.sum(dim=1, keepdim=True).clamp_min(1)
+    mean_scores_SE = scores_TE.view(num_sequences, -1, num_experts).sum(dim=1) / length
+    return num_experts * (share_SE * mean_scores_SE).sum() / num_sequences
 
 
 def compute_router_z_loss(routing: Routing) -> Tensor:

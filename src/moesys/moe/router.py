@@ -1,56 +1,114 @@
-"""The router: from token activations to a `Routing`. Always in float32, whatever the model's arithmetic."""
+"""The router: from token activations to a `Routing`. Always in float32, whatever the model's arithmetic.
+
+A router is composed of three small parts: a `Score`, a `Selection` and a `Normalization`. It knows nothing of
+capacity, balance or where experts lie.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from moesys.errors import ShapeError
+from moesys.errors import RoutingError
+from moesys.kernels import linear
+from moesys.moe.choice import Choice
+from moesys.moe.config import MoEConfig
 from moesys.moe.routing import Routing
+from moesys.moe.score import Score, compute_distribution, compute_scores
+from moesys.moe.selection import Selection, TopK
+from moesys.moe.weighting import Normalization, compute_weights
 
 
-class TopKRouter(nn.Module):
-    """Softmax over all experts, then the k largest probabilities (Shazeer et al., arXiv 1701.06538, without noise).
+class Router(nn.Module):
+    """A linear map to one logit per expert, then score, selection and weighting.
 
-    With ``normalize`` the k weights of a token are scaled to sum to one, as in Mixtral and Qwen3-MoE. Ties go to
-    the lower expert id.
+    weight_ED:         (experts, hidden) float32.
+    selection_bias_E:  (experts,) float32 buffer, added to the scores for choosing and never to the weights
+                       (arXiv 2408.15664); None unless ``has_selection_bias``. `BiasBalancer` moves it.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool = True) -> None:
-        super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ShapeError(
-                f"top_k ({top_k}) must be between 1 and num_experts ({num_experts}); lower top_k or add experts"
-            )
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
-        self.top_k = top_k
-        self.normalize = normalize
+    selection_bias_E: Tensor | None
 
-    def forward(self, x_TD: Tensor, replayed_expert_ids_TK: Tensor | None = None) -> Routing:
-        """Routes (tokens, hidden) of any float dtype; given expert ids are used instead of choosing."""
-        num_experts = self.weight_ED.shape[0]
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        selection: Selection,
+        *,
+        score: Score = Score.SOFTMAX,
+        normalization: Normalization = Normalization.NONE,
+        scale: float = 1.0,
+        has_selection_bias: bool = False,
+    ) -> None:
+        """``scale`` multiplies every weight after normalisation. Raises `RoutingError` for an impossible selection."""
+        super().__init__()
+        selection.require_possible(num_experts)
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.register_buffer("selection_bias_E", torch.zeros(num_experts) if has_selection_bias else None)
+        self.selection = selection
+        self.score = score
+        self.normalization = normalization
+        self.scale = scale
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight_ED.shape[0]
+
+    def forward(self, x_TD: Tensor, *, top_k: int | None = None, given: Choice | None = None) -> Routing:
+        """Routes (tokens, hidden) of any float dtype.
+
+        top_k:  replaces the selection's k in this call.
+        given:  used instead of choosing, as for replay and for routing by task; the weights are still the router's.
+
+        Raises `RoutingError` for an impossible k, or a given choice of other tokens.
+        """
         dtype = torch.promote_types(self.weight_ED.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = nn.functional.linear(x_TD.to(dtype), self.weight_ED.to(dtype))
-        scores_TE = logits_TE.softmax(dim=-1)
-        expert_ids_TK = replayed_expert_ids_TK
-        if expert_ids_TK is None:
-            expert_ids_TK = choose_top_k(scores_TE.detach(), self.top_k)
-        weights_TK = scores_TE.gather(1, expert_ids_TK)
-        if self.normalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        num_tokens, k = expert_ids_TK.shape
+            logits_TE = linear(x_TD.to(dtype), self.weight_ED.to(dtype))
+        scores_TE = compute_scores(logits_TE, self.score)
+        if given is None:
+            given = self._choose(scores_TE.detach(), top_k)
+        elif given.num_tokens != x_TD.shape[0]:
+            raise RoutingError(
+                f"the given choice is of {given.num_tokens} tokens, x has {x_TD.shape[0]}; give each token its experts"
+            )
+        weights = compute_weights(given, logits_TE, scores_TE, self.normalization)
         return Routing(
-            expert_ids=expert_ids_TK.reshape(-1),
-            weights=weights_TK.reshape(-1),
-            token_offsets=torch.arange(0, num_tokens * k + 1, k, device=x_TD.device),
-            num_experts=num_experts,
-            fixed_k=k,
+            expert_ids=given.expert_ids,
+            weights=weights if self.scale == 1.0 else weights * self.scale,
+            token_offsets=given.token_offsets,
+            num_experts=self.num_experts,
+            fixed_k=given.fixed_k,
             logits_TE=logits_TE,
-            scores_TE=scores_TE,
+            scores_TE=compute_distribution(scores_TE, self.score),
+        )
+
+    def _choose(self, scores_TE: Tensor, top_k: int | None) -> Choice:
+        selection = self.selection
+        if top_k is not None and top_k != selection.k:
+            selection = selection.with_k(top_k)
+            selection.require_possible(self.num_experts)
+        return selection.choose(
+            scores_TE if self.selection_bias_E is None else scores_TE + self.selection_bias_E
         )
 
 
-def choose_top_k(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Returns (tokens, k) int64: the experts with the largest scores, best first; ties go to the lower expert id."""
-    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+class TopKRouter(Router):
+    """Softmax, then the k largest probabilities, scaled to sum to one with ``normalize``: Mixtral, Qwen3-MoE, OLMoE."""
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool = True) -> None:
+        normalization = Normalization.AFTER if normalize else Normalization.NONE
+        super().__init__(hidden_size, num_experts, TopK(top_k), normalization=normalization)
+
+
+def make_router(hidden_size: int, config: MoEConfig) -> Router:
+    """Makes the router that a layer's config describes. Raises `RoutingError` for an impossible selection."""
+    return Router(
+        hidden_size,
+        config.num_experts,
+        config.selection,
+        score=config.score,
+        normalization=Normalization.AFTER if config.normalize_top_k else Normalization.NONE,
+        scale=config.weight_scale,
+        has_selection_bias=config.bias_update_rate > 0,
+    )

@@ -6,14 +6,13 @@ telemetry, predictors and placement all read this one record. It knows nothing o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moesys.errors import ShapeError
+from moesys.moe.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Routing:
     fixed_k:        the number of assignments where every token has the same, else None.
     dropped:        (assignments,) bool, True for one that is not computed; None when nothing is dropped.
     logits_TE:      (tokens, experts) float32, what the router saw; for balance losses and telemetry.
-    scores_TE:      (tokens, experts) float32, the scores that the weights come from.
+    scores_TE:      (tokens, experts) float32, the router's distribution: its scores, summing to one per token.
     """
 
     expert_ids: Tensor
@@ -59,13 +58,14 @@ class Routing:
     def num_assignments(self) -> int:
         return self.expert_ids.shape[0]
 
+    @property
+    def choice(self) -> Choice:
+        """Which experts each token goes to, without the weights."""
+        return Choice(self.expert_ids, self.token_offsets, self.fixed_k)
+
     def compute_token_ids(self) -> Tensor:
         """Returns (assignments,) int64: the token of each assignment."""
-        tokens = torch.arange(self.num_tokens, device=self.expert_ids.device)
-        repeats = self.token_offsets.diff() if self.fixed_k is None else self.fixed_k
-        if isinstance(repeats, int):
-            return tokens.repeat_interleave(repeats)
-        return torch.repeat_interleave(tokens, repeats, output_size=self.num_assignments)
+        return self.choice.compute_token_ids()
 
     def compute_expert_counts(self) -> Tensor:
         """Returns (experts,) int64: how many assignments each expert was chosen for, dropped ones included."""
@@ -75,37 +75,3 @@ class Routing:
     def count_dropped(self) -> int:
         """Returns how many assignments are not computed."""
         return 0 if self.dropped is None else int(self.dropped.sum())
-
-
-@dataclass
-class RoutingTape:
-    """The choices of one block in one micro-batch: recorded in the forward pass, replayed when it is recomputed.
-
-    Recomputing the router can flip near-tied choices, which would give the backward pass other experts than the
-    forward pass had. Only the choice of experts is replayed; logits and weights are computed again, with gradients.
-    """
-
-    _expert_ids_TK: Tensor | None = field(default=None, init=False)
-    _is_replaying: bool = field(default=False, init=False)
-
-    @property
-    def replayed_expert_ids(self) -> Tensor | None:
-        """(tokens, k) int64 to be used instead of choosing; None while recording."""
-        return self._expert_ids_TK if self._is_replaying else None
-
-    def record(self, expert_ids_TK: Tensor) -> None:
-        """Keeps the choice of the forward pass; does nothing while replaying."""
-        if not self._is_replaying:
-            self._expert_ids_TK = expert_ids_TK
-
-    def make_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Returns the contexts for forward and recompute that `torch.utils.checkpoint` asks for."""
-        return nullcontext(), self._replay()
-
-    @contextmanager
-    def _replay(self) -> Iterator[None]:
-        self._is_replaying = True
-        try:
-            yield
-        finally:
-            self._is_replaying = False

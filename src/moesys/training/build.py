@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+from moesys.checkpoint import parse_dtype
 from moesys.config import Config, ModelConfig
 from moesys.errors import ConfigError
 from moesys.models import AttentionConfig, Decoder, DecoderConfig, DenseConfig, initialize_weights
-from moesys.moe import MoEConfig
+from moesys.moe import BalanceScope, Capacity, CapacityFormula, DropBy, MoEConfig, Score
 from moesys.planning import choose_faster_dtype
+from moesys.training.step import Objective
 
 
 def build_decoder_config(model: ModelConfig, vocab_size: int, max_positions: int) -> DecoderConfig:
@@ -34,6 +36,16 @@ def build_decoder_config(model: ModelConfig, vocab_size: int, max_positions: int
         norm_epsilon=model.norm_epsilon,
         tie_embeddings=model.tie_embeddings,
         max_positions=max_positions,
+    )
+
+
+def build_objective(config: Config) -> Objective:
+    """Gathers what is minimised beside the cross entropy."""
+    return Objective(
+        balance_loss=config.training.balance_loss,
+        router_z_loss=config.training.router_z_loss,
+        loss_chunk_tokens=config.memory.loss_chunk_tokens,
+        balance_scope=BalanceScope(config.training.balance_scope),
     )
 
 
@@ -78,7 +90,7 @@ def resolve_paths(config: Config) -> Config:
 
 def compute_dtype(config: Config) -> torch.dtype:
     """Returns the torch dtype of a resolved ``training.dtype``."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.dtype]
+    return parse_dtype(config.training.dtype)
 
 
 def _build_feed_forward(model: ModelConfig, num_experts: int) -> MoEConfig | DenseConfig:
@@ -90,4 +102,24 @@ def _build_feed_forward(model: ModelConfig, num_experts: int) -> MoEConfig | Den
         intermediate_size=model.expert_intermediate_size,
         normalize_top_k=model.normalize_top_k,
         shared_intermediate_size=model.shared_expert_intermediate_size,
+        score=Score(model.router_score),
+        weight_scale=model.top_k_scale,
+        num_groups=model.expert_groups,
+        top_groups=model.top_k_groups,
+        min_score=model.router_min_score,
+        bias_update_rate=model.balance_bias_rate,
+        capacity=_build_capacity(model),
+        shared_expert_gate=model.shared_expert_gate,
+        is_residual=model.residual_expert,
+    )
+
+
+def _build_capacity(model: ModelConfig) -> Capacity | None:
+    if model.capacity_factor is None:
+        return None
+    return Capacity.by_formula(
+        CapacityFormula(model.capacity_formula),
+        model.capacity_factor,
+        min_capacity=model.min_capacity,
+        drop_by=DropBy(model.drop_by),
     )

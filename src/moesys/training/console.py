@@ -7,6 +7,7 @@ consoles show the text of one pure function, so a log and a terminal say the sam
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self, TextIO
@@ -17,6 +18,8 @@ from rich.text import Text
 
 from moesys.training.metrics import TrainMetrics
 from moesys.units import format_count, format_duration
+
+_SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def compute_progress(metrics: TrainMetrics, total_steps: int) -> Progress:
     so it follows the present speed and holds after a resume; evaluations and checkpoints are not in it.
     """
     remaining_s = None
-    if metrics.tokens_per_s > 0 and metrics.step > 0:
+    if metrics.tokens_per_s > 0 and metrics.tokens > 0:
         tokens_left = (total_steps - metrics.step) * metrics.tokens / metrics.step
         remaining_s = tokens_left / metrics.tokens_per_s
     return Progress(
@@ -100,6 +103,9 @@ class Console(Protocol):
     def close(self) -> None:
         """Leaves the last line standing and gives the terminal back."""
 
+    def abandon(self) -> None:
+        """Gives the terminal back from within a signal handler, when the process is about to end."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -130,6 +136,9 @@ class PlainConsole:
     def close(self) -> None:
         self._stream.flush()
 
+    def abandon(self) -> None:
+        pass
+
     def __enter__(self) -> Self:
         return self
 
@@ -144,6 +153,7 @@ class LiveConsole:
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._progress = Progress(step=0, total_steps=total_steps)
+        self._stream = stream
         self._terminal = RichConsole(file=stream, highlight=False)
         self._live = Live(Text("starting"), console=self._terminal, refresh_per_second=8)
         self._live.start()
@@ -162,6 +172,10 @@ class LiveConsole:
 
     def close(self) -> None:
         self._live.stop()
+
+    def abandon(self) -> None:
+        # Past rich and the stream's buffer: the signal may have come while either was at work.
+        os.write(self._stream.fileno(), _SHOW_CURSOR)
 
     def __enter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from moesys.config import DataConfig
 from moesys.data import HeldoutSet, Tokenizer, heldout_windows, load_documents, pack_documents, split_heldout
 from moesys.kernels import linear_cross_entropy
 from moesys.models import Decoder, DocumentAttend
@@ -63,18 +64,19 @@ def evaluate(
 def evaluate_text(
     model: Decoder,
     tokenizer: Tokenizer,
-    source: str,
+    data: DataConfig,
     heldout_fraction: float | None,
     stride: int | None,
     max_tokens: int | None,
     cache_dir: Path,
 ) -> Evaluation:
-    """Scores the documents of a source (see ``data.source``).
+    """Scores the documents of a source.
 
+    data: of which source, format and text field are read.
     heldout_fraction: score only the documents that training with this fraction holds out; None scores all.
     stride: tokens by which windows advance, None for half the context. max_tokens: None scores everything.
     """
-    documents = load_documents(source)
+    documents = load_documents(data.source, data.format, data.text_field)
     if heldout_fraction is not None:
         _, documents = split_heldout(documents, heldout_fraction)
     length = model.config.max_positions

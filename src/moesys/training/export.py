@@ -17,10 +17,10 @@ from moesys.checkpoint import (
     ModelCard,
     RunState,
     Selection,
+    WrittenFile,
     load_newest_checkpoint,
     parse_dtype,
     save_model,
-    write_text_atomic,
 )
 from moesys.config import Config, dump_toml
 from moesys.errors import CheckpointError, ConfigError
@@ -57,7 +57,8 @@ def export_run(
 ) -> ExportedRun:
     """Writes the newest intact checkpoint of a run into the folder ``target``, which must not exist or be empty.
 
-    dtype: ``fp32``, ``bf16`` or None for the run's own. The folder appears under its name when it is complete.
+    dtype: ``fp32``, ``bf16`` or None for the run's own. The folder appears under its name when it is complete and on
+    the disk.
     Memory: the exported weights and one tensor. Raises `ConfigError`, `ModelFormatError` or `CheckpointError`.
     """
     run = RunDirectory.open(path)
@@ -71,13 +72,16 @@ def export_run(
         on_damage=on_damage,
         selection=Selection(lambda name: name.startswith(_MODEL_PREFIX), wanted),
     )
+    files = files or FileSystem()
     draft = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
-        exported = _write_folder(run, config, state, draft, target.name, wanted, files or FileSystem())
+        exported = _write_folder(run, config, state, draft, target.name, wanted, files)
+        files.fsync_directory(draft)
         if target.exists():
             target.rmdir()
         draft.rename(target)
+        files.fsync_directory(target.parent)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -101,9 +105,15 @@ def _write_folder(
     model = _build_model(config, tokenizer.vocab_size, state)
     token_ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
     exported = save_model(model, folder, dtype, token_ids, files)
-    tokenizer.save(folder)
     generation = {**token_ids, "do_sample": True, "temperature": 0.8}
-    write_text_atomic(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n", files)
+    texts = {
+        **tokenizer.render_files(),
+        "generation_config.json": json.dumps(generation, indent=2) + "\n",
+    }
+    written = {
+        **exported.files,
+        **{name: _write_text(folder / name, text, files) for name, text in texts.items()},
+    }
     card = ModelCard(
         name=name,
         architecture=exported.family.architecture,
@@ -113,11 +123,16 @@ def _write_folder(
         curve=_thin_curve(read_metrics(run.metrics_file)),
         config_toml=dump_toml(config),
         environment=run.read_environment(),
-        files=exported.files,
+        files=written,
     )
-    write_text_atomic(folder / "README.md", card.render(), files)
-    num_bytes = sum(file.size_bytes for file in exported.files.values())
+    _write_text(folder / "README.md", card.render(), files)
+    num_bytes = sum(file.size_bytes for file in written.values())
     return ExportedRun(exported.family.model_type, state.step, model.count_parameters(), num_bytes)
+
+
+def _write_text(path: Path, text: str, files: FileSystem) -> WrittenFile:
+    contents = text.encode()
+    return files.write_new_file(path, [contents], len(contents))
 
 
 def _build_model(config: Config, vocab_size: int, state: RunState) -> Decoder:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, get_type_hints
 
+from moesys.checkpoint import FileSystem, replace_file
 from moesys.errors import DataError, MissingExtraError
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,7 +33,7 @@ class TrainMetrics:
     step: int
     """Optimizer steps done since the run began."""
     tokens: int
-    """Target tokens trained on since the run began."""
+    """Target tokens trained on since the run began; those of skipped steps do not count."""
     elapsed_s: float
     """Seconds of training since the run began, over all resumes."""
     loss: float
@@ -44,7 +45,7 @@ class TrainMetrics:
     gradient_norm: float
     """Global gradient norm before clipping."""
     tokens_per_s: float
-    """Target tokens per second since the previous line."""
+    """Target tokens computed per second since the previous line, those of skipped steps included."""
     gemm_share: float | None
     """Arithmetic rate as a share (0 to 1) of the measured GEMM rate; None where it was not measured."""
     balance_loss: float
@@ -132,17 +133,24 @@ class MetricsWriter:
     """Appends records to a JSONL file and flushes each line.
 
     A last line that a crash left unreadable is removed on opening, so that it never ends up inside the file.
+    Raises CheckpointError, or DiskSpaceError where the disk is full, each with the path.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _mend_last_line(path)
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+    def __init__(self, path: Path, files: FileSystem | None = None) -> None:
+        self._path = path
+        self._files = files or FileSystem()
+        with self._files.explained("open", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _mend_last_line(path)
+            # Unbuffered: a line that does not fit on the disk must not be tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
-        self._file.write(encode_record(record) + "\n")
-        self._file.flush()
+        line = encode_record(record).encode() + b"\n"
+        with self._files.explained("write", self._path, len(line)):
+            while line:
+                line = line[self._files.system_call(self._file.write, line) :]
 
     def close(self) -> None:
         self._file.close()
@@ -231,21 +239,21 @@ def drop_after(path: Path, step: int) -> int:
 
     The file is replaced as a whole or not at all; kept lines stay as they are, byte for byte. An unreadable
     last line goes too. Returns how many records were removed; a file that does not exist has none.
-    Raises DataError like `read_metrics`.
+    Raises DataError like `read_metrics`, and CheckpointError where the file cannot be written.
     """
     if not path.exists():
         return 0
     num_dropped = 0
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as file:
+
+    def keep_lines() -> Iterator[bytes]:
+        nonlocal num_dropped
         for line, record in _read_lines(path):
             if record.step <= step:
-                file.write(line.rstrip(b"\n") + b"\n")
+                yield line.rstrip(b"\n") + b"\n"
             else:
                 num_dropped += 1
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+
+    replace_file(path, keep_lines(), path.stat().st_size)
     return num_dropped
 
 

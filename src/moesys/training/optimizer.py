@@ -26,6 +26,7 @@ class MasterAdamW:
         """Casts every parameter but the routers' to ``dtype``, keeping what it was as the float32 master."""
         roles = classify_parameters(model)
         self._parameters = dict(model.named_parameters())
+        self._buffers = dict(model.named_buffers())
         self._masters: dict[str, Tensor] = {}
         self._master_gradients: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -88,8 +89,9 @@ class MasterAdamW:
             parameter.grad = None
 
     def export_state(self) -> dict[str, Tensor]:
-        """Returns the masters as ``model.NAME`` and the moments as ``optimizer.MOMENT.NAME``: views, no copies."""
-        state = {f"model.{name}": master.detach() for name, master in self._masters.items()}
+        """Returns masters and buffers, such as balance biases, as ``model.NAME`` and the moments as
+        ``optimizer.MOMENT.NAME``: views, no copies."""
+        state = {f"model.{name}": tensor.detach() for name, tensor in (self._masters | self._buffers).items()}
         for name, master in self._masters.items():
             for moment, value in self._adamw.state.get(master, {}).items():
                 state[f"optimizer.{moment}.{name}"] = value
@@ -97,22 +99,22 @@ class MasterAdamW:
 
     @torch.no_grad()
     def import_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `export_state` gave. Raises `CheckpointError` for a missing or misshapen tensor."""
-        for name, master in self._masters.items():
+        """Takes over what `export_state` gave: moments on the masters' device become the optimizer's own, without a
+        copy. Raises `CheckpointError` for a missing or misshapen tensor."""
+        for name, tensor in (self._masters | self._buffers).items():
             saved = state.get(f"model.{name}")
-            if saved is None or saved.shape != master.shape:
+            if saved is None or saved.shape != tensor.shape:
                 found = "missing" if saved is None else f"of shape {tuple(saved.shape)}"
                 raise CheckpointError(
-                    f"the checkpoint's model.{name} is {found}, the model needs {tuple(master.shape)}; "
+                    f"the checkpoint's model.{name} is {found}, the model needs {tuple(tensor.shape)}; "
                     "resume with the config that the run was started with"
                 )
-            master.copy_(saved)
+            tensor.copy_(saved)
+        for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
             moments = {
                 m: state[f"optimizer.{m}.{name}"] for m in _MOMENTS if f"optimizer.{m}.{name}" in state
             }
             if moments:
-                self._adamw.state[master] = {
-                    m: value.to(master.device, copy=True) for m, value in moments.items()
-                }
+                self._adamw.state[master] = {m: value.to(master.device) for m, value in moments.items()}

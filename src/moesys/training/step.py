@@ -8,8 +8,8 @@ weighing by its share of the targets.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,16 @@ from torch import Tensor
 from moesys.data import Batch
 from moesys.kernels import linear_cross_entropy
 from moesys.models import Decoder, DecoderOutput, DocumentAttend
-from moesys.moe import Execution, LoadMeter, compute_balance_loss, compute_router_z_loss
+from moesys.moe import (
+    BalanceScope,
+    BiasBalancer,
+    Execution,
+    LoadMeter,
+    Routing,
+    compute_balance_loss,
+    compute_router_z_loss,
+    compute_sequence_balance_loss,
+)
 from moesys.training.optimizer import MasterAdamW
 
 
@@ -28,6 +37,7 @@ class Objective:
     balance_loss: float
     router_z_loss: float
     loss_chunk_tokens: int
+    balance_scope: BalanceScope = BalanceScope.MICRO_BATCH
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,20 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
+@dataclass(frozen=True)
+class MicroBatchLoss:
+    """What a micro-batch adds to the loss of its step: scalars that still have their graphs."""
+
+    total: Tensor
+    """What is minimised."""
+    cross_entropy: Tensor
+    """Summed nats over the targets of the whole step."""
+    balance_loss: Tensor
+    router_z_loss: Tensor
+    routings: Mapping[int, Routing]
+    """By layer id."""
+
+
 class TrainingStep:
     """Carries out optimizer steps on a model."""
 
@@ -60,10 +84,12 @@ class TrainingStep:
     ) -> None:
         self._model = model
         self._optimizer = optimizer
-        self._execution = execution
+        # A step looks at its loss anyway and is skipped where that is not finite, so the layers need not look too.
+        self._execution = replace(execution, checks_logits=False)
         self._objective = objective
         self._gradient_clip = gradient_clip
         self._meter = meter
+        self._balancer = BiasBalancer(model)
 
     def run(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Runs the micro-batches of one step and updates the model, unless loss or gradients are not finite."""
@@ -77,27 +103,41 @@ class TrainingStep:
         result = StepResult(loss, balance_loss, router_z_loss, gradient_norm.item(), num_targets)
         if not result.is_finite:
             self._optimizer.discard_gradients()
+            self._balancer.discard()
             return result
         if self._gradient_clip > 0:
             _scale(gradients, min(1.0, self._gradient_clip / (result.gradient_norm + 1e-6)))
         self._optimizer.step(learning_rate)
+        self._balancer.apply()
         return result
 
-    def _run_micro_batch(self, batch: Batch, num_targets: int) -> Tensor:
-        """Adds the micro-batch's gradients; returns (3,) its shares of loss, balance loss and z-loss."""
+    def compute_loss(self, batch: Batch, num_targets: int) -> MicroBatchLoss:
+        """Runs a micro-batch forward, as a part of a step that has ``num_targets`` targets."""
         output = self._model(
             batch.token_ids_BS, batch.positions_BS, DocumentAttend(batch.document_ids_BS), self._execution
         )
-        loss = self._compute_cross_entropy(output, batch) / num_targets
+        cross_entropy = self._compute_cross_entropy(output, batch) / num_targets
         share = batch.num_targets / num_targets
-        balance_loss, router_z_loss = (share * value for value in compute_mean_router_losses(output, loss))
-        total = (
-            loss + self._objective.balance_loss * balance_loss + self._objective.router_z_loss * router_z_loss
+        balance_loss, router_z_loss = (
+            share * value
+            for value in compute_mean_router_losses(output, cross_entropy, self._objective.balance_scope)
         )
-        total.backward()
+        total = (
+            cross_entropy
+            + self._objective.balance_loss * balance_loss
+            + self._objective.router_z_loss * router_z_loss
+        )
+        return MicroBatchLoss(total, cross_entropy, balance_loss, router_z_loss, output.routings)
+
+    def _run_micro_batch(self, batch: Batch, num_targets: int) -> Tensor:
+        """Adds the micro-batch's gradients; returns (3,) its shares of loss, balance loss and z-loss."""
+        loss = self.compute_loss(batch, num_targets)
+        loss.total.backward()
         self._optimizer.accumulate_gradients()
-        self._meter.add(output.routings)
-        return torch.stack([loss.detach(), balance_loss.detach(), router_z_loss.detach()]).float().cpu()
+        self._meter.add(loss.routings)
+        self._balancer.add(loss.routings)
+        parts = (loss.cross_entropy, loss.balance_loss, loss.router_z_loss)
+        return torch.stack([part.detach() for part in parts]).float().cpu()
 
     def _compute_cross_entropy(self, output: DecoderOutput, batch: Batch) -> Tensor:
         return linear_cross_entropy(
@@ -108,15 +148,23 @@ class TrainingStep:
         )
 
 
-def compute_mean_router_losses(output: DecoderOutput, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the balance loss and the z-loss, each averaged over the MoE layers; zeros where there are none."""
+def compute_mean_router_losses(
+    output: DecoderOutput, like: Tensor, scope: BalanceScope = BalanceScope.MICRO_BATCH
+) -> tuple[Tensor, Tensor]:
+    """Returns the balance loss and the z-loss, each averaged over the MoE layers; zeros where there are none.
+
+    A sequence is a row of the batch.
+    """
     routings = list(output.routings.values())
     if not routings:
         return torch.zeros_like(like), torch.zeros_like(like)
-    return (
-        torch.stack([compute_balance_loss(routing) for routing in routings]).mean(),
-        torch.stack([compute_router_z_loss(routing) for routing in routings]).mean(),
-    )
+    if scope is BalanceScope.SEQUENCE:
+        num_sequences = output.hidden_BSD.shape[0]
+        balance_losses = [compute_sequence_balance_loss(routing, num_sequences) for routing in routings]
+    else:
+        balance_losses = [compute_balance_loss(routing) for routing in routings]
+    z_losses = [compute_router_z_loss(routing) for routing in routings]
+    return torch.stack(balance_losses).mean(), torch.stack(z_losses).mean()
 
 
 @torch.no_grad()

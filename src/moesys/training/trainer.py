@@ -2,58 +2,45 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moesys.checkpoint import (
-    RunState,
-    describe_config_difference,
-    list_checkpoints,
-    load_newest_checkpoint,
-    save_checkpoint,
-)
-from moesys.config import Config
+from moesys.checkpoint import RunState, Selection, list_checkpoints, load_newest_checkpoint, save_checkpoint
+from moesys.config import Config, ModelConfig
 from moesys.data import Batch, HeldoutSet, PreparedData, SequenceLoader, heldout_windows, prepare_data
 from moesys.env import read_cache_dir, read_world_size
-from moesys.errors import CheckpointError, ConfigError, DataError, ModelFormatError, NonFiniteError
+from moesys.errors import ConfigError, DataError, ModelFormatError, NonFiniteError
 from moesys.kernels import Kernel
 from moesys.models import DecoderConfig, choose_family
 from moesys.moe import LoadMeter
-from moesys.planning import measure_gemm_rate
 from moesys.training.allocator import keep_freed_memory
-from moesys.training.build import build_model, compute_dtype, resolve_dtype, resolve_paths, select_device
+from moesys.training.build import (
+    build_model,
+    build_objective,
+    compute_dtype,
+    resolve_dtype,
+    resolve_paths,
+    select_device,
+)
+from moesys.training.compatibility import require_same_config
 from moesys.training.console import Console
 from moesys.training.diagnose import find_first_nonfinite
 from moesys.training.evaluate import Evaluation, evaluate
-from moesys.training.interrupt import Interruption
-from moesys.training.metrics import (
-    EvaluationMetrics,
-    EventMetrics,
-    MetricsSink,
-    MetricsWriter,
-    TensorBoardWriter,
-    TrainMetrics,
-    drop_after,
-)
+from moesys.training.interrupt import Interrupted, Interruption
+from moesys.training.log import TrainingLog, Yardstick, open_sinks
+from moesys.training.metrics import drop_after, read_metrics
 from moesys.training.optimizer import MasterAdamW
+from moesys.training.position import Position
 from moesys.training.run_directory import RunDirectory
 from moesys.training.schedule import compute_learning_rate
-from moesys.training.step import Objective, StepResult, TrainingStep
+from moesys.training.step import StepResult, TrainingStep
 from moesys.units import format_count
-
-# Settings that may change between a checkpoint and its resumption: they alter no weight.
-_FREE_KEYS = {
-    "training": {"log_every", "evaluate_every", "evaluate_tokens", "checkpoint_every", "keep_checkpoints",
-                 "max_skipped_steps"},
-    "runtime": {"threads", "tensorboard"},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,10 +48,14 @@ class Outcome:
     """How a call of `Trainer.train` ended."""
 
     step: int
-    is_finished: bool
-    """False when the run was interrupted and saved."""
+    interrupted_by: int | None
+    """The signal that ended it, everything saved; None when the run is finished."""
     evaluation: Evaluation | None
     """On the whole held-out set, after the last step; None when interrupted."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.interrupted_by is None
 
 
 class Trainer:
@@ -77,8 +68,7 @@ class Trainer:
         self.run = run
         self.config = config
         self.data = data
-        self.step = 0
-        """Optimizer steps done; skipped ones count."""
+        self.position = Position()
         self.console = console
         self._device = select_device(config.runtime.device)
         self._dtype = compute_dtype(config)
@@ -92,9 +82,7 @@ class Trainer:
             self.model,
             self.optimizer,
             self.execution,
-            Objective(
-                config.training.balance_loss, config.training.router_z_loss, config.memory.loss_chunk_tokens
-            ),
+            build_objective(config),
             config.training.gradient_clip,
             self._meter,
         )
@@ -106,8 +94,12 @@ class Trainer:
             config.data.seed,
             restart_documents=not config.data.attend_across_documents,
         )
-        self._elapsed_s = 0.0
         self._skipped_in_a_row = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done; skipped ones count."""
+        return self.position.step
 
     @classmethod
     def start(cls, config: Config, path: Path, console: Console) -> Trainer:
@@ -129,10 +121,10 @@ class Trainer:
         _require_one_process()
         run = RunDirectory.open(path)
         config = run.load_config()
-        data = prepare_data(config.data, read_cache_dir())
+        data = prepare_data(config.data, read_cache_dir(), run.load_tokenizer())
         trainer = cls(run, config, data, console)
         if list_checkpoints(run.checkpoints_folder):
-            trainer._restore(load_newest_checkpoint(run.checkpoints_folder, on_damage=console.warning))
+            trainer._restore()
         else:
             console.warning(f"no checkpoint was written yet in {run.path}: going on from step 0")
             drop_after(run.metrics_file, 0)
@@ -140,12 +132,12 @@ class Trainer:
 
     def describe(self) -> list[str]:
         """Returns lines for people: data, model, arithmetic, and where the run lies."""
-        config, moe = self.model.config, self.config.model
+        config = self.model.config
         return [
             self.data.description,
             f"{format_count(self.model.count_parameters())} parameters, "
             f"{format_count(config.num_matmul_parameters_per_token)} multiply each token: {config.num_layers} layers, "
-            f"hidden {config.hidden_size}, experts {moe.num_experts} top-{moe.top_k}",
+            f"hidden {config.hidden_size}, {_describe_experts(self.config.model)}",
             f"{self.config.training.steps} steps of {self.tokens_per_step} tokens, {self.config.training.dtype}, "
             f"{self._device}, {torch.get_num_threads()} threads; run in {self.run.path}",
         ]
@@ -157,48 +149,41 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Runs to the last step, or until interrupted. Saves at the end and when interrupted."""
-        config = self.config.training
-        with self._open_sinks() as sinks, Interruption(self.console.warning) as interruption:
-            log = _Log(self, sinks)
-            while self.step < config.steps and not interruption.is_requested:
-                result = self.take_step()
-                log.add(result)
-                self._guard(result, log)
-                self.console.advance(self.step)
-                is_last = self.step == config.steps
-                if is_last or self.step % config.log_every == 0:
-                    log.write()
-                if _is_due(config.evaluate_every, self.step) and not is_last:
-                    log.write_evaluation(self.evaluate(config.evaluate_tokens))
-                if _is_due(config.checkpoint_every, self.step) or is_last:
-                    log.write_event("checkpoint", f"saved {self.save()}")
-            if self.step < config.steps:
-                if log.has_unwritten_steps:
-                    log.write()
-                log.write_event(
-                    "interrupted", f"saved {self.save()}; go on with: moesys resume {self.run.path}"
-                )
-                return Outcome(self.step, is_finished=False, evaluation=None)
-            evaluation = self.evaluate()
-            log.write_evaluation(evaluation)
-        return Outcome(self.step, is_finished=True, evaluation=evaluation)
+        with (
+            self._open_log() as log,
+            Interruption(self.console.warning, self.console.abandon) as interruption,
+        ):
+            try:
+                while self.step < self.config.training.steps:
+                    interruption.raise_if_requested()
+                    self._take_logged_step(log)
+                evaluation = self._evaluate_at_the_end(log, interruption)
+            except Interrupted:
+                self._save_interrupted(log)
+                return Outcome(self.step, interruption.signal_number, evaluation=None)
+        return Outcome(self.step, None, evaluation)
 
     def take_step(self) -> StepResult:
         """Carries out one optimizer step on the next batch and returns its figures; writes nothing."""
         started = time.perf_counter()
         batches = self._load_batches(self.step)
         result = self._training_step.run(batches, compute_learning_rate(self.config.training, self.step))
-        self._elapsed_s += time.perf_counter() - started
-        self.step += 1
+        self.position = self.position.advance(result, time.perf_counter() - started)
         return result
 
-    def evaluate(self, max_tokens: int | None = None) -> Evaluation:
-        """Scores held-out documents, each alone; ``max_tokens`` bounds how many, None takes all."""
+    def evaluate(
+        self,
+        max_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Evaluation:
+        """Scores held-out documents, each alone; ``max_tokens`` bounds how many, None takes all. ``on_progress`` gets
+        (batches done, batches)."""
         return evaluate(
             self.model,
             self.make_heldout_set(max_tokens),
             self.execution,
             self.config.memory.loss_chunk_tokens,
+            on_progress,
         )
 
     def make_heldout_set(self, max_tokens: int | None = None) -> HeldoutSet:
@@ -210,24 +195,31 @@ class Trainer:
         """Writes a checkpoint of this step and returns its folder."""
         state = RunState(
             step=self.step,
-            tokens=self.step * self.tokens_per_step,
+            tokens=self.position.tokens,
             tensors=self.optimizer.export_state(),
             metadata={
                 "config": self.config.model_dump(mode="json"),
                 "data_fingerprint": self.data.fingerprint,
-                "elapsed_s": self._elapsed_s,
+                "elapsed_s": self.position.elapsed_s,
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "threads": torch.get_num_threads(),
             },
         )
         return save_checkpoint(self.run.checkpoints_folder, state, keep=self.config.training.keep_checkpoints)
 
-    def _restore(self, state: RunState) -> None:
+    def _restore(self) -> None:
+        """Goes to the newest intact checkpoint, whose weights are read into the memory that the model has."""
+        damages: list[str] = []
+        state = load_newest_checkpoint(
+            self.run.checkpoints_folder,
+            on_damage=damages.append,
+            selection=Selection(destinations=self.optimizer.export_state()),
+        )
         metadata: Any = state.metadata
-        _check_same_config(metadata["config"], self.config)
+        require_same_config(metadata["config"], self.config)
         if metadata["data_fingerprint"] != self.data.fingerprint:
             raise DataError(
-                f"the corpus or tokenizer of {self.config.data.source!r} has changed since the checkpoint "
+                f"the corpus of {self.config.data.source!r} or the run's tokenizer has changed since the checkpoint "
                 f"(fingerprint {metadata['data_fingerprint'][:12]}, now {self.data.fingerprint[:12]}); "
                 "restore the files, or start a new run"
             )
@@ -237,18 +229,56 @@ class Trainer:
                 "sums may differ in the last bits"
             )
         self.optimizer.import_state(state.tensors)
-        self.step = state.step
-        self._elapsed_s = metadata["elapsed_s"]
+        self.position = Position(state.step, state.tokens, metadata["elapsed_s"])
         self._skipped_in_a_row = metadata["skipped_in_a_row"]
-        if self.run.metrics_file.exists():
-            drop_after(self.run.metrics_file, state.step)
-        with self._open_sinks() as sinks:
-            _Log(self, sinks).write_event("resumed", f"resumed at step {self.step}")
+        drop_after(self.run.metrics_file, state.step)
+        with self._open_log() as log:
+            for damage in damages:
+                log.write_event("damaged_checkpoint", damage)
+            log.write_event("resumed", f"resumed at step {self.step}")
+
+    def _take_logged_step(self, log: TrainingLog) -> None:
+        config = self.config.training
+        result = self.take_step()
+        log.add(result, self.position)
+        self._guard(result, log)
+        self.console.advance(self.step)
+        is_last = self.step == config.steps
+        if is_last or self.step % config.log_every == 0:
+            log.write(self._last_learning_rate)
+        if _is_due(config.evaluate_every, self.step) and not is_last:
+            log.write_evaluation(self.evaluate(config.evaluate_tokens))
+        if _is_due(config.checkpoint_every, self.step) or is_last:
+            log.write_event("checkpoint", f"saved {self.save()}")
+
+    def _evaluate_at_the_end(self, log: TrainingLog, interruption: Interruption) -> Evaluation:
+        """Scores the whole held-out set, unless a resumed run has done so before it was resumed."""
+        for line in reversed(read_metrics(self.run.metrics_file).evaluations):
+            if line.step == self.step:
+                self.console.message(
+                    f"this run was finished before: held out {line.heldout_bits_per_byte:.4f} bits/byte"
+                )
+                num_bytes = self.make_heldout_set().num_bytes
+                return Evaluation(
+                    line.heldout_loss, line.heldout_bits_per_byte, line.heldout_tokens, num_bytes
+                )
+        evaluation = self.evaluate(on_progress=lambda done, total: interruption.raise_if_requested())
+        log.write_evaluation(evaluation)
+        return evaluation
+
+    def _save_interrupted(self, log: TrainingLog) -> None:
+        if log.has_unwritten_steps:
+            log.write(self._last_learning_rate)
+        log.write_event("interrupted", f"saved {self.save()}; go on with: moesys resume {self.run.path}")
+
+    @property
+    def _last_learning_rate(self) -> float:
+        return compute_learning_rate(self.config.training, self.step - 1)
 
     def _load_batches(self, step: int) -> list[Batch]:
         return [self._loader.load(step, i).to(self._device) for i in range(self._loader.num_micro_batches)]
 
-    def _guard(self, result: StepResult, log: _Log) -> None:
+    def _guard(self, result: StepResult, log: TrainingLog) -> None:
         """Counts steps that were skipped for NaN or Inf, and stops the run after too many in a row."""
         if result.is_finite:
             self._skipped_in_a_row = 0
@@ -261,7 +291,7 @@ class Trainer:
         )
         limit = self.config.training.max_skipped_steps
         if self._skipped_in_a_row >= limit:
-            place = find_first_nonfinite(self.model, self._load_batches(self.step - 1), self.execution)
+            place = find_first_nonfinite(self.model, self._load_batches(self.step - 1), self._training_step)
             # Skipped steps have changed nothing, so what is in memory is the last good state.
             saved = "" if place.startswith("the parameter") else f"; the last good state is in {self.save()}"
             raise NonFiniteError(
@@ -271,101 +301,16 @@ class Trainer:
             )
 
     @contextmanager
-    def _open_sinks(self) -> Iterator[list[MetricsSink]]:
-        with ExitStack() as stack:
-            sinks: list[MetricsSink] = [MetricsWriter(self.run.metrics_file)]
-            stack.callback(sinks[0].close)
-            if self.config.runtime.tensorboard:
-                sinks.append(TensorBoardWriter(self.run.tensorboard_folder))
-                stack.callback(sinks[1].close)
-            yield sinks
-
-
-class _Log:
-    """Averages steps between two lines and writes records to the sinks and the console."""
-
-    def __init__(self, trainer: Trainer, sinks: list[MetricsSink]) -> None:
-        self._trainer = trainer
-        self._sinks = sinks
-        self.console = trainer.console
-        self._results: list[StepResult] = []
-        self._started_s = trainer._elapsed_s
-        self._flops_per_token = trainer.model.config.compute_training_flops_per_token(
-            trainer.config.data.sequence_length
+    def _open_log(self) -> Iterator[TrainingLog]:
+        train = self.data.train
+        yardstick = Yardstick(
+            train.num_tokens / train.num_bytes,
+            self.model.config.compute_training_flops_per_token(self.config.data.sequence_length),
+            self._dtype,
+            self._device,
         )
-        self._gemm_rate: float | None = None
-
-    @property
-    def has_unwritten_steps(self) -> bool:
-        return bool(self._results)
-
-    def add(self, result: StepResult) -> None:
-        self._results.append(result)
-
-    def write(self) -> None:
-        """Writes the line of the steps added since the last one; skipped steps count in time and not in loss."""
-        trainer = self._trainer
-        load = trainer._meter.drain()
-        tokens_per_s = sum(result.num_targets for result in self._results) / (
-            trainer._elapsed_s - self._started_s
-        )
-        loss = self._mean("loss")
-        metrics = TrainMetrics(
-            step=trainer.step,
-            tokens=trainer.step * trainer.tokens_per_step,
-            elapsed_s=trainer._elapsed_s,
-            loss=loss,
-            bits_per_byte=loss / math.log(2) * trainer.data.train.num_tokens / trainer.data.train.num_bytes,
-            learning_rate=compute_learning_rate(trainer.config.training, trainer.step - 1),
-            gradient_norm=self._mean("gradient_norm"),
-            tokens_per_s=tokens_per_s,
-            gemm_share=self._flops_per_token * tokens_per_s / self._measure_gemm_rate(),
-            balance_loss=self._mean("balance_loss"),
-            router_z_loss=self._mean("router_z_loss"),
-            moe_layers=load.layer_ids,
-            expert_tokens=load.expert_tokens,
-            imbalance=load.imbalance if load.layer_ids else math.nan,
-            routing_entropy=load.entropy,
-            router_confidence=load.confidence,
-            dropped=load.dropped,
-        )
-        self._results, self._started_s = [], trainer._elapsed_s
-        self._write(metrics)
-        self.console.show(metrics)
-
-    def write_evaluation(self, evaluation: Evaluation) -> None:
-        trainer = self._trainer
-        self._write(
-            EvaluationMetrics(
-                step=trainer.step,
-                tokens=trainer.step * trainer.tokens_per_step,
-                elapsed_s=trainer._elapsed_s,
-                heldout_loss=evaluation.loss,
-                heldout_bits_per_byte=evaluation.bits_per_byte,
-                heldout_tokens=evaluation.num_targets,
-            )
-        )
-        self.console.message(
-            f"step {trainer.step}: held out {evaluation.bits_per_byte:.4f} bits/byte "
-            f"(loss {evaluation.loss:.4f} over {evaluation.num_targets} tokens)"
-        )
-
-    def write_event(self, event: str, message: str) -> None:
-        self._write(EventMetrics(self._trainer.step, self._trainer._elapsed_s, event, message))
-        (self.console.warning if event == "skipped_step" else self.console.message)(message)
-
-    def _write(self, record: TrainMetrics | EvaluationMetrics | EventMetrics) -> None:
-        for sink in self._sinks:
-            sink.write(record)
-
-    def _mean(self, name: str) -> float:
-        values = [getattr(result, name) for result in self._results if result.is_finite]
-        return sum(values) / len(values) if values else math.nan
-
-    def _measure_gemm_rate(self) -> float:
-        if self._gemm_rate is None:
-            self._gemm_rate = measure_gemm_rate(self._trainer._dtype, self._trainer._device)
-        return self._gemm_rate
+        with open_sinks(self.run, tensorboard=self.config.runtime.tensorboard) as sinks:
+            yield TrainingLog(sinks, self.console, self._meter, yardstick, self.position)
 
 
 def _require_one_process() -> None:
@@ -383,22 +328,8 @@ def _warn_if_not_exportable(config: DecoderConfig, console: Console) -> None:
         console.warning(f"this model trains, but `moesys export` will refuse it: {error}")
 
 
-def _check_same_config(saved: dict[str, Any], current: Config) -> None:
-    difference = describe_config_difference(
-        _drop_free_keys(saved), _drop_free_keys(current.model_dump(mode="json"))
-    )
-    if difference:
-        raise CheckpointError(
-            f"the checkpoint belongs to another config:\n{difference}\n"
-            "restore these lines in the run's config.toml, or start a new run"
-        )
-
-
-def _drop_free_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    return {
-        section: {key: value for key, value in keys.items() if key not in _FREE_KEYS.get(section, ())}
-        for section, keys in tree.items()
-    }
+def _describe_experts(model: ModelConfig) -> str:
+    return f"experts {model.num_experts} top-{model.top_k}" if any(model.experts_per_layer) else "dense"
 
 
 def _is_due(interval: int | None, step: int) -> bool:

@@ -7,9 +7,6 @@ from torch import Tensor
 from moesys.errors import ShapeError
 from moesys.kernels.cross_entropy import chunked
 
-IGNORED_TARGET = -100
-"""A target that contributes neither loss nor gradient."""
-
 
 def linear_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, chunk_tokens: int
@@ -17,8 +14,8 @@ def linear_cross_entropy(
     """Computes the summed cross entropy of ``hidden @ weight.T`` in nats, ``chunk_tokens`` rows of logits at a time.
 
     hidden_TD: (tokens, hidden) float. weight_VD: (vocabulary, hidden), same dtype. target_ids_T: (tokens,) int64,
-    -100 where there is no target. Returns a float32 scalar (float64 for float64 inputs): the sum, not the mean,
-    because only the caller knows how many targets the global step has. Raises `ShapeError`.
+    ``IGNORED_TARGET`` where there is none. Returns a float32 scalar (float64 for float64 inputs): the sum, not the
+    mean, because only the caller knows how many targets the global step has. Raises `ShapeError`.
     """
     if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ShapeError(

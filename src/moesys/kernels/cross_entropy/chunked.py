@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_IGNORED = -100
+from moesys.kernels.cross_entropy.target import IGNORED_TARGET
 
 
 def linear_cross_entropy(
@@ -39,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], chunk_tokens):
             hidden_CD = hidden_TD[start : start + chunk_tokens]
             targets_C = target_ids_T[start : start + chunk_tokens]
-            is_target_C = targets_C != _IGNORED
+            is_target_C = targets_C != IGNORED_TARGET
             index_C1 = targets_C.masked_fill(~is_target_C, 0).unsqueeze(1)
             logits_CV = (hidden_CD @ weight_VD.t()).to(loss_dtype)
             # In place: each row is read before it is written (a test compares the bits with a fresh result).

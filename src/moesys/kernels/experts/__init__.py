@@ -1,7 +1,28 @@
-"""The expert operator: rows of tokens through the SwiGLU experts of a bank view."""
+"""The expert operator: rows of tokens through the experts of a bank view."""
 
-from moesys.kernels.experts.api import Kernel, compute_experts, compute_experts_summed
-from moesys.kernels.experts.records import BankView, Rows, TokenSum
+from moesys.kernels.experts.api import compute_experts, compute_experts_summed
+from moesys.kernels.experts.records import (
+    Activation,
+    Adapters,
+    BankView,
+    ExpertForm,
+    ModuleView,
+    Rows,
+    TokenSum,
+    Weight,
+)
 from moesys.kernels.experts.row_sum import sum_rows
 
-__all__ = ["BankView", "Kernel", "Rows", "TokenSum", "compute_experts", "compute_experts_summed", "sum_rows"]
+__all__ = [
+    "Activation",
+    "Adapters",
+    "BankView",
+    "ExpertForm",
+    "ModuleView",
+    "Rows",
+    "TokenSum",
+    "Weight",
+    "compute_experts",
+    "compute_experts_summed",
+    "sum_rows",
+]

@@ -1,103 +1,139 @@
 """The two entry points of the expert operator: check the arguments, choose an implementation, call it.
 
-For an assignment a of row r to expert e::
+For an assignment a of row r to expert e, with the form's activation between the products::
 
-    y_a = down_e @ (silu(gate_e @ x_r) * (up_e @ x_r))
+    y_a = down_e @ activation(gate_up_e @ x_r + gate_up_bias_e) + down_bias_e
 
 and for a token with assignments a and routing weights w_a the result is the sum of w_a * y_a, in the order of its
-choices.
+choices. Adapters add a low-rank matrix to both matrices of each expert.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moesys.errors import ShapeError
-from moesys.kernels.experts import reference, torch_loop
-from moesys.kernels.experts.records import BankView, Rows, TokenSum
+from moesys.kernels.choice import Kernel, choose_kernel
+from moesys.kernels.experts import native, reference, torch_loop
+from moesys.kernels.experts.checks import check_call, check_sum
+from moesys.kernels.experts.records import Adapters, BankView, ModuleView, Rows, TokenSum
 
 
-class Kernel(StrEnum):
-    """Implementations of the expert operator; ``auto`` takes the fastest that fits."""
+class Implementation(Protocol):
+    """What a module must hold to be an implementation of the operator."""
 
-    AUTO = "auto"
-    REFERENCE = "reference"
-    TORCH = "torch"
+    @property
+    def ROW_INVARIANT(self) -> bool:
+        """Whether the bits of a row depend on nothing but that row: not on how many rows or threads there are."""
+        ...
+
+    @property
+    def HAS_BACKWARD(self) -> bool:
+        """Whether gradients flow through the result."""
+        ...
+
+    def find_obstacle(self, rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> str | None:
+        """Returns why a checked call cannot be computed here, or None."""
+        ...
+
+    def compute_experts(
+        self, rows: Rows, view: BankView | ModuleView, adapters: Adapters | None = None
+    ) -> Tensor: ...
+
+    def compute_experts_summed(
+        self,
+        rows: Rows,
+        view: BankView | ModuleView,
+        weights_A: Tensor,
+        token_sum: TokenSum,
+        adapters: Adapters | None = None,
+    ) -> Tensor: ...
 
 
-_IMPLEMENTATIONS = {Kernel.AUTO: torch_loop, Kernel.REFERENCE: reference, Kernel.TORCH: torch_loop}
+_IMPLEMENTATIONS: dict[Kernel, Implementation] = {
+    Kernel.NATIVE: native,
+    Kernel.TORCH: torch_loop,
+    Kernel.REFERENCE: reference,
+}
+"""Fastest first."""
 
 
-def compute_experts(rows: Rows, view: BankView, kernel: Kernel = Kernel.AUTO) -> Tensor:
+def compute_experts(
+    rows: Rows,
+    view: BankView | ModuleView,
+    adapters: Adapters | None = None,
+    kernel: Kernel = Kernel.AUTO,
+) -> Tensor:
     """Computes one row per assignment, without its routing weight; `sum_rows` applies that.
 
+    Float weights may be narrower than the rows and are widened; int8 weights take float32 rows and get no gradient.
     Returns (assignments, hidden) in the dtype of ``rows.x_RD``; rows of experts that the view does not hold
-    are zero. Raises `ShapeError`.
+    are zero. Raises `ShapeError`, and `KernelError` for a kernel that cannot take the call.
     """
-    _check(rows, view)
-    return _IMPLEMENTATIONS[kernel].compute_experts(rows, view)
+    check_call(rows, view, adapters)
+    needs_gradient = _needs_gradient(rows, view, adapters)
+    implementation = _choose(rows, view, adapters, kernel, needs_gradient=needs_gradient)
+    return implementation.compute_experts(rows, view, adapters)
 
 
 def compute_experts_summed(
-    rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum, kernel: Kernel = Kernel.AUTO
+    rows: Rows,
+    view: BankView | ModuleView,
+    weights_A: Tensor,
+    token_sum: TokenSum,
+    adapters: Adapters | None = None,
+    kernel: Kernel = Kernel.AUTO,
 ) -> Tensor:
     """Computes the rows and sums them, weighted, per token in the order of its choices.
 
     weights_A: (assignments,) float32 or float64, in the order of ``rows.row_ids``.
     The view must cover all experts, else the order of the sum would depend on the order in which views arrive.
-    Returns (results, hidden) in the dtype of ``rows.x_RD``. Raises `ShapeError`.
+    Returns (results, hidden) in the dtype of ``rows.x_RD``. Raises as `compute_experts` does.
     """
-    _check(rows, view)
-    _check_weights(rows, weights_A)
-    if not view.covers_all:
-        raise ShapeError(
-            "summing in the kernel needs a view that covers every expert; "
-            "use compute_experts per view and sum when the last one is done"
-        )
-    return _IMPLEMENTATIONS[kernel].compute_experts_summed(rows, view, weights_A, token_sum)
+    check_call(rows, view, adapters)
+    check_sum(rows, view, weights_A, token_sum)
+    needs_gradient = _is_watched(weights_A) or _needs_gradient(rows, view, adapters)
+    implementation = _choose(rows, view, adapters, kernel, needs_gradient=needs_gradient)
+    return implementation.compute_experts_summed(rows, view, weights_A, token_sum, adapters)
 
 
-def _check(rows: Rows, view: BankView) -> None:
-    hidden, num_slots = rows.x_RD.shape[-1], view.gate_up_SFD.shape[0]
-    inner = view.down_SDF.shape[-1]
-    if not rows.x_RD.is_floating_point():
-        raise ShapeError(
-            f"x must be floating point, got {rows.x_RD.dtype}; cast it to the dtype of the weights"
-        )
-    if view.gate_up_SFD.shape != (num_slots, 2 * inner, hidden):
-        raise ShapeError(
-            f"gate_up must be (slots, 2 * inner, hidden) = ({num_slots}, {2 * inner}, {hidden}), "
-            f"got {tuple(view.gate_up_SFD.shape)}"
-        )
-    if view.down_SDF.shape != (num_slots, hidden, inner):
-        raise ShapeError(
-            f"down must be (slots, hidden, inner) = ({num_slots}, {hidden}, {inner}), got {tuple(view.down_SDF.shape)}"
-        )
-    if view.covers_all and num_slots != rows.num_experts:
-        raise ShapeError(
-            f"a view without a slot table must hold all {rows.num_experts} experts, it has {num_slots} slots"
-        )
-    if view.slot_of_expert is not None and view.slot_of_expert.shape != (rows.num_experts,):
-        raise ShapeError(
-            f"slot_of_expert must have one entry per expert ({rows.num_experts}), "
-            f"got shape {tuple(view.slot_of_expert.shape)}"
-        )
-    if view.gate_up_SFD.dtype != rows.x_RD.dtype or view.down_SDF.dtype != rows.x_RD.dtype:
-        raise ShapeError(
-            f"x is {rows.x_RD.dtype} but the experts are {view.gate_up_SFD.dtype} and {view.down_SDF.dtype}; "
-            "cast x to the dtype of the weights"
-        )
+def _choose(
+    rows: Rows,
+    view: BankView | ModuleView,
+    adapters: Adapters | None,
+    kernel: Kernel,
+    *,
+    needs_gradient: bool,
+) -> Implementation:
+    fitting: list[Kernel] = []
+    obstacles: dict[Kernel, str] = {}
+    for name, implementation in _IMPLEMENTATIONS.items():
+        if needs_gradient and not implementation.HAS_BACKWARD:
+            obstacles[name] = "it computes no gradients; use it under torch.no_grad()"
+        elif (obstacle := implementation.find_obstacle(rows, view, adapters)) is not None:
+            obstacles[name] = obstacle
+        else:
+            fitting.append(name)
+    return _IMPLEMENTATIONS[choose_kernel("experts", kernel, fitting, obstacles)]
 
 
-def _check_weights(rows: Rows, weights_A: Tensor) -> None:
-    if weights_A.shape != rows.row_ids.shape:
-        raise ShapeError(
-            f"weights must have one entry per assignment ({rows.num_assignments}), got shape {tuple(weights_A.shape)}"
-        )
-    if torch.is_grad_enabled() and weights_A.dtype not in (torch.float32, torch.float64):
-        raise ShapeError(
-            f"routing weights must be float32 or float64, got {weights_A.dtype}; route in float32"
-        )
+def _needs_gradient(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> bool:
+    """Whether autograd watches an input. The parameters of a `ModuleView` cannot be seen and count as watched."""
+    if isinstance(view, ModuleView):
+        return torch.is_grad_enabled()
+    inputs: list[object] = [
+        rows.x_RD,
+        view.gate_up_SFD,
+        view.down_SDF,
+        view.gate_up_bias_SF,
+        view.down_bias_SD,
+    ]
+    if adapters is not None:
+        inputs += [adapters.gate_up_a_ERD, adapters.gate_up_b_EFR, adapters.down_a_ERF, adapters.down_b_EDR]
+    return any(_is_watched(tensor) for tensor in inputs)
+
+
+def _is_watched(value: object) -> bool:
+    return torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moesys.kernels import native
 from moesys.kernels.experts.records import Adapters, BankView, ModuleView, Rows, TokenSum
+from moesys.kernels.experts.row_sum import sum_rows
 
 ROW_INVARIANT = True
 HAS_BACKWARD = False
@@ -29,7 +30,12 @@ def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | 
 
 def compute_experts(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None = None) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts`."""
-    return _compute(rows, view, None)
+    assert isinstance(view, BankView)
+    widened = replace(
+        view, gate_up_bias_SF=_widen(view.gate_up_bias_SF), down_bias_SD=_widen(view.down_bias_SD)
+    )
+    y_AD = native.compute_experts(replace(rows, x_RD=rows.x_RD.float()), widened)
+    return y_AD.to(rows.x_RD.dtype)
 
 
 def compute_experts_summed(
@@ -40,15 +46,8 @@ def compute_experts_summed(
     adapters: Adapters | None = None,
 ) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts_summed`."""
-    return _compute(rows, view, native.WeightedSum(weights_A.float(), token_sum))
+    return sum_rows(compute_experts(rows, view, adapters), weights_A, token_sum)
 
 
-def _compute(rows: Rows, view: BankView | ModuleView, weighted: native.WeightedSum | None) -> Tensor:
-    assert isinstance(view, BankView)
-    x_RD = rows.x_RD.float()
-    biases = {
-        name: None if bias is None else bias.float()
-        for name, bias in (("gate_up_bias_SF", view.gate_up_bias_SF), ("down_bias_SD", view.down_bias_SD))
-    }
-    result = native.compute_experts(replace(rows, x_RD=x_RD), replace(view, **biases), weighted)
-    return result.to(rows.x_RD.dtype)
+def _widen(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()

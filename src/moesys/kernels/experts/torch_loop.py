@@ -1,9 +1,12 @@
 """The expert operator as a loop of matrix products over the experts that have rows, with its own backward.
 
 What the loop buys over autograd through the same products: the weight gradients are written in place into one
-buffer (indexing a stacked bank under autograd zero-fills a bank per expert), only the gate-up products are kept
+buffer (indexing a stacked bank under autograd zero-fills a bank per expert), only the first products are kept
 for the backward pass, and the pieces of one expert stay in the cache of the core while it is computed. The
 backward pass makes no product for an input that needs no gradient, such as a frozen bank.
+
+Float weights without adapters go this way. Int8 weights, adapters and the user's own modules are functions per
+expert under plain autograd.
 """
 
 from __future__ import annotations
@@ -15,35 +18,79 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesys.kernels.experts.activations import activate, linearize
+from moesys.kernels.experts.bank_functions import make_functions
+from moesys.kernels.experts.modules import compute_functions, find_functions
 from moesys.kernels.experts.padding import pad_groups
-from moesys.kernels.experts.records import BankView, Rows, TokenSum
+from moesys.kernels.experts.records import Adapters, BankView, ModuleView, Rows, TokenSum
 from moesys.kernels.experts.row_sum import add_rows, sum_rows
+from moesys.kernels.formats import Int8Weight
+
+ROW_INVARIANT = False
+HAS_BACKWARD = True
 
 
-def compute_experts(rows: Rows, view: BankView) -> Tensor:
+def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> str | None:
+    """See `moesys.kernels.experts.api.Implementation`. Computes every call."""
+    return None
+
+
+def compute_experts(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None = None) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts`."""
+    if isinstance(view, ModuleView):
+        return compute_functions(rows, find_functions(view))
     if not _recompiles_per_shape(rows.x_RD):
-        return _apply(rows, view, None, None)
+        return _compute(rows, view, adapters, None)
     padded = pad_groups(rows)
-    return _apply(padded.rows, view, None, None)[padded.places]
+    return _compute(padded.rows, view, adapters, None)[padded.places]
 
 
-def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
+def compute_experts_summed(
+    rows: Rows,
+    view: BankView | ModuleView,
+    weights_A: Tensor,
+    token_sum: TokenSum,
+    adapters: Adapters | None = None,
+) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts_summed`."""
+    if isinstance(view, ModuleView):
+        return sum_rows(compute_functions(rows, find_functions(view)), weights_A, token_sum)
     if not _recompiles_per_shape(rows.x_RD):
-        return _apply(rows, view, weights_A, token_sum)
+        return _compute(rows, view, adapters, _Sum(weights_A, token_sum))
     padded = pad_groups(rows)
-    return _apply(padded.rows, view, padded.pad_weights(weights_A), padded.move_positions(token_sum))
+    weighted = _Sum(padded.pad_weights(weights_A), padded.move_positions(token_sum))
+    return _compute(padded.rows, view, adapters, weighted)
 
 
 def _recompiles_per_shape(x_RD: Tensor) -> bool:
     return x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
 
 
-def _apply(rows: Rows, view: BankView, weights_A: Tensor | None, token_sum: TokenSum | None) -> Tensor:
+class _Sum(NamedTuple):
+    """The routing weights, and which of the weighted rows sum up to which row of the result."""
+
+    weights_A: Tensor
+    token_sum: TokenSum
+
+
+def _compute(rows: Rows, view: BankView, adapters: Adapters | None, weighted: _Sum | None) -> Tensor:
+    if adapters is not None or isinstance(view.gate_up_SFD, Int8Weight):
+        y_AD = compute_functions(rows, make_functions(view, adapters))
+        return y_AD if weighted is None else sum_rows(y_AD, *weighted)
+    weights_A, token_sum = (None, None) if weighted is None else weighted
     # Inside `forward` grad mode is always off, so whether anything will be kept is asked here.
-    keeps = torch.is_grad_enabled()
-    return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, weights_A, rows, view, token_sum, keeps)  # pyrefly: ignore
+    call = _Call(rows, view, token_sum, keeps=torch.is_grad_enabled())
+    biases = (view.gate_up_bias_SF, view.down_bias_SD)
+    return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, *biases, weights_A, call)  # pyrefly: ignore
+
+
+class _Call(NamedTuple):
+    """What a call holds beside the tensors that autograd watches."""
+
+    rows: Rows
+    view: BankView
+    token_sum: TokenSum | None
+    keeps: bool
 
 
 class _Group(NamedTuple):
@@ -70,45 +117,52 @@ class _Experts(torch.autograd.Function):
         x_RD: Tensor,
         gate_up_SFD: Tensor,
         down_SDF: Tensor,
+        gate_up_bias_SF: Tensor | None,
+        down_bias_SD: Tensor | None,
         weights_A: Tensor | None,
-        rows: Rows,
-        view: BankView,
-        token_sum: TokenSum | None,
-        keeps: bool,
+        call: _Call,
     ) -> Tensor:
+        rows, view = call.rows, call.view
         groups = list(_iterate_groups(rows, view))
-        needs_backward = keeps and any(ctx.needs_input_grad)
-        hidden_AF = x_RD.new_empty(rows.num_assignments if needs_backward else 0, gate_up_SFD.shape[1])
+        needs_backward = call.keeps and any(ctx.needs_input_grad)
+        width = gate_up_SFD.shape[1]
+        hidden_AH = x_RD.new_empty(rows.num_assignments if needs_backward else 0, width)
         y_AD = _new_rows(x_RD, rows, is_complete=view.covers_all)
         for slot, start, end in groups:
             x_ND = x_RD.index_select(0, rows.row_ids[start:end])
-            hidden_NF = (
-                hidden_AF[start:end] if needs_backward else x_RD.new_empty(end - start, gate_up_SFD.shape[1])
-            )
-            torch.mm(x_ND, gate_up_SFD[slot].t(), out=hidden_NF)
-            gate_NF, up_NF = hidden_NF.chunk(2, dim=1)
-            activation_NF = torch.nn.functional.silu(gate_NF).mul_(up_NF)
-            torch.mm(activation_NF, down_SDF[slot].t(), out=y_AD[start:end])
+            hidden_NH = hidden_AH[start:end] if needs_backward else x_RD.new_empty(end - start, width)
+            _multiply(x_ND, gate_up_SFD, gate_up_bias_SF, slot, out=hidden_NH)
+            inner_NF = activate(hidden_NH, view.form)
+            _multiply(inner_NF, down_SDF, down_bias_SD, slot, out=y_AD[start:end])
         if needs_backward:
-            needs_weights = weights_A is not None and ctx.needs_input_grad[3]
+            needs_weights = weights_A is not None and ctx.needs_input_grad[5]
             ctx.save_for_backward(
-                x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF, y_AD if needs_weights else None
-            )
-            ctx.groups, ctx.rows, ctx.token_sum, ctx.is_complete = groups, rows, token_sum, view.covers_all
-        return y_AD if weights_A is None or token_sum is None else sum_rows(y_AD, weights_A, token_sum)
+                x_RD, gate_up_SFD, down_SDF, gate_up_bias_SF, down_bias_SD, weights_A, hidden_AH,
+                y_AD if needs_weights else None,
+            )  # fmt: skip
+            ctx.groups, ctx.rows, ctx.token_sum = groups, rows, call.token_sum
+            ctx.form, ctx.is_complete = view.form, view.covers_all
+        return (
+            y_AD if weights_A is None or call.token_sum is None else sum_rows(y_AD, weights_A, call.token_sum)
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
-        x_RD, gate_up_SFD, down_SDF, weights_A, hidden_AF, y_AD = ctx.saved_tensors
+        x_RD, gate_up_SFD, down_SDF, gate_up_bias_SF, down_bias_SD, weights_A, hidden_AH, y_AD = (
+            ctx.saved_tensors
+        )
         rows: Rows = ctx.rows
         grad = grad.contiguous()
         result_ids = None if weights_A is None else ctx.token_sum.compute_result_ids(rows.num_assignments)
         weights_A1 = None if weights_A is None else weights_A.to(x_RD.dtype).unsqueeze(1)
-        needs_x, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
-        grad_gate_up = _BankGradient(gate_up_SFD, ctx.groups) if needs_gate_up else None
-        grad_down = _BankGradient(down_SDF, ctx.groups) if needs_down else None
-        grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete) if needs_x else None
+        banks = (gate_up_SFD, down_SDF, gate_up_bias_SF, down_bias_SD)
+        grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = (
+            _BankGradient(bank, ctx.groups) if needed else None
+            for bank, needed in zip(banks, ctx.needs_input_grad[1:5], strict=True)
+        )
+        grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete) if ctx.needs_input_grad[0] else None
+        needs_hidden = any(g is not None for g in (grad_x_AD, grad_gate_up, grad_gate_up_bias))
         grad_weights = None if y_AD is None else torch.zeros_like(weights_A)
         for slot, start, end in ctx.groups:
             if result_ids is None or weights_A1 is None:
@@ -119,33 +173,42 @@ class _Experts(torch.autograd.Function):
                     products_ND = grad_y_ND * y_AD[start:end]
                     grad_weights[start:end] = products_ND.sum(dim=1, dtype=weights_A.dtype)
                 grad_y_ND.mul_(weights_A1[start:end])
-            gate_NF, up_NF = hidden_AF[start:end].chunk(2, dim=1)
-            silu_NF = torch.nn.functional.silu(gate_NF)
+            if grad_down_bias is not None:
+                grad_down_bias.add_sum(slot, grad_y_ND)
+            activation = linearize(hidden_AH[start:end], ctx.form)
             if grad_down is not None:
-                grad_down.add_product(slot, grad_y_ND.t(), silu_NF * up_NF)
-            if grad_x_AD is None and grad_gate_up is None:
+                grad_down.add_product(slot, grad_y_ND.t(), activation.compute_inner())
+            if not needs_hidden:
                 continue
-            grad_act_NF = grad_y_ND @ down_SDF[slot]
-            grad_hidden_NF = torch.empty_like(hidden_AF[start:end])
-            grad_gate_NF, grad_up_NF = grad_hidden_NF.chunk(2, dim=1)
-            torch.mul(grad_act_NF, silu_NF, out=grad_up_NF)
-            torch.ops.aten.silu_backward.grad_input(grad_act_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
+            grad_inner_NF = grad_y_ND @ down_SDF[slot].to(grad_y_ND.dtype)
+            grad_hidden_NH = activation.compute_hidden_gradient(grad_inner_NF)
+            if grad_gate_up_bias is not None:
+                grad_gate_up_bias.add_sum(slot, grad_hidden_NH)
             if grad_gate_up is not None:
                 x_ND = x_RD.index_select(0, rows.row_ids[start:end])
-                grad_gate_up.add_product(slot, grad_hidden_NF.t(), x_ND)
+                grad_gate_up.add_product(slot, grad_hidden_NH.t(), x_ND)
             if grad_x_AD is not None:
-                torch.mm(grad_hidden_NF, gate_up_SFD[slot], out=grad_x_AD[start:end])
+                weight_HD = gate_up_SFD[slot].to(grad_hidden_NH.dtype)
+                torch.mm(grad_hidden_NH, weight_HD, out=grad_x_AD[start:end])
+        gradients = (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
         return (
             None if grad_x_AD is None else add_rows(grad_x_AD, _invert(rows)),
-            None if grad_gate_up is None else grad_gate_up.tensor,
-            None if grad_down is None else grad_down.tensor,
+            *(None if gradient is None else gradient.tensor for gradient in gradients),
             grad_weights,
-            *(None,) * 4,
+            None,
         )
 
 
+def _multiply(x_NK: Tensor, bank_SMK: Tensor, bias_SM: Tensor | None, slot: int, out: Tensor) -> None:
+    weight_KM = bank_SMK[slot].to(x_NK.dtype).t()
+    if bias_SM is None:
+        torch.mm(x_NK, weight_KM, out=out)
+    else:
+        torch.addmm(bias_SM[slot], x_NK, weight_KM, out=out)
+
+
 class _BankGradient:
-    """The gradient of a stacked bank: slots are written by their first product and added to by later ones."""
+    """The gradient of a stacked bank: slots are written by their first term and added to by later ones."""
 
     def __init__(self, bank: Tensor, groups: list[_Group]) -> None:
         self.tensor = torch.empty_like(bank)
@@ -156,10 +219,24 @@ class _BankGradient:
                 self.tensor[slot].zero_()
 
     def add_product(self, slot: int, left: Tensor, right: Tensor) -> None:
-        if slot in self._written:
+        """Adds left @ right; a bank narrower than the rows takes the product rounded."""
+        if left.dtype != self.tensor.dtype:
+            self._add(slot, left @ right)
+        elif slot in self._written:
             self.tensor[slot].addmm_(left, right)
         else:
             torch.mm(left, right, out=self.tensor[slot])
+            self._written.add(slot)
+
+    def add_sum(self, slot: int, rows_NM: Tensor) -> None:
+        """Adds the sum of the rows."""
+        self._add(slot, rows_NM.sum(dim=0))
+
+    def _add(self, slot: int, term: Tensor) -> None:
+        if slot in self._written:
+            self.tensor[slot].add_(term)
+        else:
+            self.tensor[slot].copy_(term)
             self._written.add(slot)
 
 

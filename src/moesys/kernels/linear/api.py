@@ -47,12 +47,18 @@ def _check(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
             f"weight must be (rows, columns) with as many columns as x has ({x.shape[-1]}), "
             f"got {tuple(weight.shape)}"
         )
-    if not isinstance(weight, Int8Weight) and weight.dtype != x.dtype and not _widens(weight, x):
-        raise ShapeError(f"x is {x.dtype} but the weights are {weight.dtype}; cast x to the dtype of the weights")
+    if not (isinstance(weight, Int8Weight) or weight.dtype == x.dtype or _widens(weight, x) or _autocasts(x)):
+        raise ShapeError(
+            f"x is {x.dtype} but the weights are {weight.dtype}; cast x to the dtype of the weights"
+        )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ShapeError(
             f"bias must be ({weight.shape[0]},) of {x.dtype}, got {tuple(bias.shape)} of {bias.dtype}"
         )
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _widens(weight: Tensor, x: Tensor) -> bool:

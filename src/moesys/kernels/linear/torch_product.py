@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,4 +19,6 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if weight.product is Int8Product.W8A8:
             x = round_activations(x)
         return functional.linear(x, weight.unpack(x.dtype), bias)
-    return functional.linear(x, weight.to(x.dtype), bias)
+    if weight.dtype is torch.bfloat16 and x.dtype is torch.float32:
+        weight = weight.float()
+    return functional.linear(x, weight, bias)

@@ -1,7 +1,6 @@
 """CPU kernels in C, built on first use with the system's compiler. Optional: without one, torch computes."""
 
 from moesys.kernels.native.library import (
-    WeightedSum,
     WeightFormat,
     compute_experts,
     compute_linear,
@@ -13,7 +12,6 @@ from moesys.kernels.native.library import (
 
 __all__ = [
     "WeightFormat",
-    "WeightedSum",
     "compute_experts",
     "compute_linear",
     "find_call_obstacle",

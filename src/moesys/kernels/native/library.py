@@ -10,7 +10,6 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moesys.errors import KernelError
-from moesys.kernels.experts.records import Activation, BankView, Rows, TokenSum, Weight
+from moesys.kernels.experts.records import Activation, BankView, Rows, Weight
 from moesys.kernels.formats import GROUP_SIZE, Int8Product, Int8Weight
 from moesys.kernels.native.build import build_library
 from moesys.kernels.native.cpu_level import find_cpu_level
@@ -85,11 +84,6 @@ class _ExpertsCall(Structure):
         ("inner", c_int64),
         ("inner_rows", _Activations),
         ("y", c_void_p),
-        ("weights", c_void_p),
-        ("positions", c_void_p),
-        ("result_offsets", c_void_p),
-        ("num_results", c_int64),
-        ("results", c_void_p),
         ("threads", c_int32),
     )
 
@@ -130,7 +124,7 @@ def find_call_obstacle(x: Tensor, weights: Sequence[Weight], others: Sequence[Te
         return f"it takes float32 or bfloat16 rows, x is {x.dtype}"
     for weight in weights:
         if find_format(weight) is None:
-            return f"it takes float32, bfloat16 and int8 weights, these are {weight.dtype}"
+            return "it takes float32, bfloat16 and int8 weights"
         if not (weight.values if isinstance(weight, Int8Weight) else weight).is_contiguous():
             return "it takes contiguous weights"
     if torch.is_grad_enabled() and any(
@@ -154,26 +148,14 @@ def compute_linear(x_RK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tenso
     num_rows, num_columns = x_RK.shape[0], weight.shape[0]
     x, w = _Buffers(x_RK, weight), _pack_matrix(weight)
     y_RN = torch.empty(num_rows, num_columns)
-    call = _LinearCall(
-        x.record, num_rows, w, _point(bias_N), y_RN.data_ptr(), torch.get_num_threads()
-    )
+    call = _LinearCall(x.record, num_rows, w, _point(bias_N), y_RN.data_ptr(), torch.get_num_threads())
     load_library().moesys_linear(ctypes.byref(call))
     return y_RN
 
 
-@dataclass(frozen=True)
-class WeightedSum:
-    """How the rows of a call are summed: float32 weights, and which rows make up which result."""
-
-    weights_A: Tensor
-    token_sum: TokenSum
-
-
-def compute_experts(rows: Rows, view: BankView, weighted: WeightedSum | None) -> Tensor:
-    """Computes float32 rows per assignment, or with ``weighted`` float32 sums per result.
-
-    ``rows.x_RD`` is float32. Rows of experts that the view does not hold are zero.
-    """
+def compute_experts(rows: Rows, view: BankView) -> Tensor:
+    """Computes float32 rows per assignment; ``rows.x_RD`` is float32, as are biases. Rows of experts that the view does
+    not hold are zero."""
     inner = view.gate_up_SFD.shape[1] // view.form.num_halves
     hidden = rows.x_RD.shape[1]
     slots = view.slot_of_expert
@@ -203,26 +185,14 @@ def compute_experts(rows: Rows, view: BankView, weighted: WeightedSum | None) ->
         y=y_AD.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    if weighted is None:
-        _run_experts(call)
-        return y_AD
-    sums = (weighted.weights_A, weighted.token_sum.positions, weighted.token_sum.offsets)
-    kept += [t.contiguous() for t in sums]
-    results = torch.empty(weighted.token_sum.num_results, hidden)
-    call.weights, call.positions, call.result_offsets = (t.data_ptr() for t in kept[3:])
-    call.num_results, call.results = results.shape[0], results.data_ptr()
-    _run_experts(call)
-    return results
+    if load_library().moesys_experts(ctypes.byref(call)):
+        raise MemoryError("the native expert kernel found no memory for its list of experts")
+    return y_AD
 
 
 def read_memory(buffer: Tensor) -> float:
     """Reads a float32 buffer once with all threads and returns its sum; for measuring the rate."""
     return load_library().moesys_read(buffer.data_ptr(), buffer.numel(), torch.get_num_threads())
-
-
-def _run_experts(call: _ExpertsCall) -> None:
-    if load_library().moesys_experts(ctypes.byref(call)):
-        raise MemoryError("the native expert kernel found no memory for its list of experts")
 
 
 class _Buffers:

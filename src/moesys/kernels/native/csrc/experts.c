@@ -1,4 +1,4 @@
-// Rows of tokens through their experts: up (and gate) product, activation, down product, weighted sum per token.
+// Rows of tokens through their experts: up (and gate) product, activation, down product.
 //
 // Rows are read where they lie, through their ids. Each phase is cut into (expert, block of weight rows), so that
 // every weight is read from memory once, and the phases are separated by the barrier at the end of each loop.
@@ -25,10 +25,6 @@ typedef struct {
   int64_t inner;
   activations inner_rows;
   float *y;
-  const float *weights;
-  const int64_t *positions, *result_offsets;
-  int64_t num_results;
-  float *results;
   int32_t threads;
 } experts_call;
 
@@ -127,17 +123,6 @@ static void compute_outer(const experts_call *c, int64_t expert, int64_t column,
   }
 }
 
-static void sum_result(const experts_call *c, int64_t result) {
-  int64_t hidden = c->down.rows;
-  float *target = c->results + result * hidden;
-  memset(target, 0, 4 * (size_t)hidden);
-  for (int64_t p = c->result_offsets[result]; p < c->result_offsets[result + 1]; p++) {
-    float weight = c->weights[c->positions[p]];
-    const float *source = c->y + c->positions[p] * hidden;
-    for (int64_t d = 0; d < hidden; d++) target[d] += weight * source[d];
-  }
-}
-
 // Returns 0, or 1 when there is no memory for the list of experts.
 int moesys_experts(const experts_call *c) {
   int64_t *busy = malloc(sizeof(int64_t) * (size_t)(c->num_experts + 1));
@@ -160,10 +145,6 @@ int moesys_experts(const experts_call *c) {
     for (int64_t block = 0; block < num_busy * column_blocks; block++) {
       int64_t column = block % column_blocks * BLOCK_COLUMNS;
       compute_outer(c, busy[block / column_blocks], column, least(column + BLOCK_COLUMNS, c->down.rows));
-    }
-    if (c->results) {
-#pragma omp for schedule(static)
-      for (int64_t result = 0; result < c->num_results; result++) sum_result(c, result);
     }
   }
   free(busy);

@@ -1,8 +1,6 @@
 // What the operators multiply: matrices in one of the weight formats, and rows of activations.
 #pragma once
 
-#include <math.h>
-
 #include "dot_int8.h"
 
 #define FORMAT f32
@@ -62,7 +60,6 @@ INLINE float any_nan_lane(vec v) {
 // with NaN or Inf gets the scale NaN, so that its row's results are NaN.
 static void round_row(const activations *a, int64_t row, int64_t begin, int64_t end) {
   const vec_i32 magnitude = (vec_i32){0} + 0x7fffffff;
-  const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
   for (int64_t group = begin / GROUP; group < num_groups(end); group++) {
     const float *source = a->values + row * a->columns + group * GROUP;
     int64_t index = row * num_groups(a->columns) + group;
@@ -77,7 +74,7 @@ static void round_row(const activations *a, int64_t row, int64_t begin, int64_t 
     float inverse = scale > 0 ? 1.0f / scale : 0.0f;
     a->scales[index] = scale;
     for (int k = 0; k < GROUP; k += LANES)
-      store_i8(a->rounded + index * GROUP + k, (load(source + k) * inverse + rounder) - rounder);
+      store_i8(a->rounded + index * GROUP + k, load(source + k) * inverse);
     correct_group(a->rounded + index * GROUP, a->corrections + index * 16);
   }
 }

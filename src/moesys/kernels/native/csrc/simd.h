@@ -4,6 +4,7 @@
 // that its bits depend on the vector width and on nothing else: not on how many rows are computed together.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -70,12 +71,12 @@ INLINE vec load_i8(const int8_t *source) {
 }
 #endif
 
-// Whole numbers in [-127, 127] as bytes.
+// Numbers in [-127, 127], rounded to whole ones, ties to even, as bytes.
 INLINE void store_i8(int8_t *target, vec v) {
 #if LANES == 16
   _mm_storeu_si128((void *)target, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
 #else
-  for (int lane = 0; lane < LANES; lane++) target[lane] = (int8_t)(int32_t)v[lane];
+  for (int lane = 0; lane < LANES; lane++) target[lane] = (int8_t)lrintf(v[lane]);
 #endif
 }
 

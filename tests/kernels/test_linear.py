@@ -1,0 +1,162 @@
+"""The dense product in every format against float64 (law 1), and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesys.errors import KernelError, ShapeError
+from moesys.kernels import Int8Product, Int8Weight, Kernel, linear, pack_int8
+from moesys.kernels.formats import GROUP_SIZE
+
+FORMATS = ("float32", "bfloat16", "w8", "w8a8")
+SIZES = ((1, 1, 1), (1, 64, 64), (5, 37, 19), (7, 300, 130), (13, 129, 257))
+
+
+def draw(
+    rows: int, columns: int, num_outputs: int, weight_format: str
+) -> tuple[Tensor, Tensor | Int8Weight, Tensor]:
+    generator = torch.Generator().manual_seed(rows * columns + num_outputs)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((rows, columns), (num_outputs, columns), (num_outputs,))
+    )
+    if weight_format in list(Int8Product):
+        return x, pack_int8(weight, Int8Product(weight_format)), bias
+    return x, weight.to(getattr(torch, weight_format)), bias
+
+
+def to_double(weight: Tensor | Int8Weight) -> Tensor | Int8Weight:
+    return weight if isinstance(weight, Int8Weight) else weight.double()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("kernel", [Kernel.TORCH, Kernel.NATIVE], ids=str)
+def test_equals_float64(kernel: Kernel, weight_format: str, size: tuple[int, int, int]) -> None:
+    x, weight, bias = draw(*size, weight_format)
+    oracle = linear(x.double(), to_double(weight), bias.double(), Kernel.REFERENCE)
+    y = linear(x, weight, bias, kernel)
+    assert y.dtype is torch.float32
+    assert (y - oracle).abs().max() <= 1e-5 * oracle.abs().max()
+
+
+@pytest.mark.parametrize("kernel", [Kernel.TORCH, Kernel.NATIVE], ids=str)
+def test_int8_errs_by_at_most_half_a_scale_per_weight(kernel: Kernel) -> None:
+    x, weight, _ = draw(6, 200, 30, "float32")
+    assert isinstance(weight, Tensor)
+    packed = pack_int8(weight)
+    half_scales = packed.scales.repeat_interleave(GROUP_SIZE, dim=1)[:, :200] / 2
+    bound = x.abs() @ half_scales.t()
+    assert ((linear(x, packed, kernel=kernel) - x @ weight.t()).abs() <= bound * 1.0001 + 1e-5).all()
+
+
+def test_gradients_go_through_torch_and_equal_float64() -> None:
+    x, weight, bias = draw(4, 10, 6, "float32")
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    assert torch.autograd.gradcheck(linear, tuple(leaves))
+
+
+def test_leading_dimensions_stay() -> None:
+    x, weight, _ = draw(6, 16, 5, "float32")
+    y = linear(x.view(2, 3, 16), weight)
+    assert y.shape == (2, 3, 5)
+    assert torch.equal(y.view(6, 5), linear(x, weight))
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    x, weight, _ = draw(6, 32, 5, "float32")
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(linear(strided, weight, kernel=Kernel.NATIVE), linear(x, weight, kernel=Kernel.NATIVE))
+
+
+def test_no_rows() -> None:
+    _, weight, bias = draw(1, 16, 5, "w8a8")
+    assert linear(torch.empty(0, 16), weight, bias).shape == (0, 5)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_row_with_nan_stays_that_rows_problem(weight_format: str) -> None:
+    x, weight, bias = draw(7, 96, 20, weight_format)
+    clean = linear(x, weight, bias, Kernel.NATIVE)
+    x[3, 70] = float("nan")
+    y = linear(x, weight, bias, Kernel.NATIVE)
+    assert y[3].isnan().all()
+    others = [0, 1, 2, 4, 5, 6]
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("columns", [64, 200])
+def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(weight_format: str, columns: int) -> None:
+    x, weight, bias = draw(512, columns, 70, weight_format)
+    threads = torch.get_num_threads()
+    whole = linear(x, weight, bias, Kernel.NATIVE)
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            for num_rows in (1, 2, 3, 5, 6, 7, 31, 64, 385, 511, 512):
+                assert torch.equal(linear(x[:num_rows], weight, bias, Kernel.NATIVE), whole[:num_rows])
+                assert torch.equal(linear(x[-num_rows:], weight, bias, Kernel.NATIVE), whole[-num_rows:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_auto_is_native_without_gradients_and_torch_with() -> None:
+    x, weight, bias = draw(9, 300, 40, "float32")
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, bias), linear(x, weight, bias, Kernel.NATIVE))
+    watched = x.clone().requires_grad_()
+    assert linear(watched, weight, bias).requires_grad
+    with pytest.raises(KernelError, match="no backward pass and a gradient is needed; choose auto, torch"):
+        linear(watched, weight, bias, Kernel.NATIVE)
+
+
+def test_the_environment_overrides_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = draw(9, 300, 40, "float32")
+    monkeypatch.setenv("MOESYS_KERNEL", "reference")
+    assert torch.equal(linear(x, weight), linear(x, weight, kernel=Kernel.REFERENCE))
+    monkeypatch.setenv("MOESYS_KERNEL", "fastest")
+    with pytest.raises(
+        KernelError, match="MOESYS_KERNEL is 'fastest'; valid values are auto, reference, torch, native"
+    ):
+        linear(x, weight)
+
+
+def test_a_kernel_that_cannot_take_the_call_says_why() -> None:
+    x, weight, _ = draw(2, 8, 3, "float32")
+    with pytest.raises(
+        KernelError, match=r"takes float32 or bfloat16 rows, x is torch\.float64; choose auto, torch"
+    ):
+        linear(x.double(), weight.double(), kernel=Kernel.NATIVE)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "message"),
+    [
+        (
+            torch.ones(2, 3, dtype=torch.int64),
+            torch.ones(4, 3),
+            None,
+            "x must be floating point, got torch.int64",
+        ),
+        (torch.ones(2, 3), torch.ones(4, 5), None, r"as many columns as x has \(3\), got \(4, 5\)"),
+        (
+            torch.ones(2, 3),
+            torch.ones(4, 3).double(),
+            None,
+            "x is torch.float32 but the weights are torch.float64",
+        ),
+        (
+            torch.ones(2, 3),
+            torch.ones(4, 3),
+            torch.ones(3),
+            r"bias must be \(4,\) of torch.float32, got \(3,\)",
+        ),
+    ],
+)
+def test_bad_input(x: Tensor, weight: Tensor, bias: Tensor | None, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        linear(x, weight, bias)

@@ -1,0 +1,249 @@
+"""Routers composed of score, selection and weighting: float64 references, gradients, bias, k per call."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesys.errors import RoutingError
+from moesys.moe import (
+    Choice,
+    GroupLimitedTopK,
+    Normalization,
+    Router,
+    Routing,
+    Score,
+    Selection,
+    Threshold,
+    TopK,
+)
+
+HIDDEN, NUM_EXPERTS = 5, 6
+SELECTIONS: list[Selection] = [TopK(1), TopK(3), TopK(6), GroupLimitedTopK(3, 3, 2), Threshold(4, 0.2)]
+
+
+def make_router(
+    selection: Selection | None = None,
+    *,
+    score: Score = Score.SOFTMAX,
+    normalization: Normalization = Normalization.NONE,
+    scale: float = 1.0,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Router:
+    router = Router(
+        HIDDEN,
+        NUM_EXPERTS,
+        TopK(2) if selection is None else selection,
+        score=score,
+        normalization=normalization,
+        scale=scale,
+        has_selection_bias=bias,
+    )
+    torch.nn.init.normal_(router.weight_ED, generator=torch.Generator().manual_seed(0))
+    return router.to(dtype)
+
+
+def make_x(num_tokens: int = 9, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(
+        num_tokens, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(dtype)
+
+
+def split(choice: Choice) -> list[list[int]]:
+    bounds = itertools.pairwise(choice.token_offsets.tolist())
+    return [choice.expert_ids[start:end].tolist() for start, end in bounds]
+
+
+def weigh_slowly(router: Router, x_TD: Tensor, choice: Choice) -> Tensor:
+    """One token and one expert at a time, differentiable."""
+    weights = []
+    for x_D, experts in zip(x_TD, split(choice), strict=True):
+        logits = [row @ x_D for row in router.weight_ED]
+        if router.score is Score.SOFTMAX:
+            total = sum(logit.exp() for logit in logits)
+            scores = [logit.exp() / total for logit in logits]
+        else:
+            scores = [1 / (1 + (-logit).exp()) for logit in logits]
+        match router.normalization:
+            case Normalization.NONE:
+                chosen = [scores[e] for e in experts]
+            case Normalization.AFTER:
+                chosen = [scores[e] / sum(scores[i] for i in experts) for e in experts]
+            case Normalization.BEFORE:
+                chosen = [logits[e].exp() / sum(logits[i].exp() for i in experts) for e in experts]
+        weights += [router.scale * weight for weight in chosen]
+    return torch.stack(weights)
+
+
+@pytest.mark.parametrize("normalization", list(Normalization))
+@pytest.mark.parametrize("score", list(Score))
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+def test_weights_and_gradients_equal_slow_loop(
+    selection: Selection, score: Score, normalization: Normalization
+) -> None:
+    router = make_router(selection, score=score, normalization=normalization, scale=2.5)
+    x = make_x().requires_grad_()
+    routing = router(x)
+    expected = weigh_slowly(router, x, routing.choice)
+    torch.testing.assert_close(routing.weights, expected, rtol=1e-10, atol=1e-12)
+    upstream = torch.arange(routing.num_assignments, dtype=torch.float64).cos()
+    inputs = [x, router.weight_ED]
+    found = torch.autograd.grad(routing.weights, inputs, upstream)
+    wanted = torch.autograd.grad(expected, inputs, upstream)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+@pytest.mark.parametrize("score", list(Score))
+def test_the_distribution_of_each_token_sums_to_one(score: Score, selection: Selection) -> None:
+    routing = make_router(selection, score=score)(make_x())
+    assert routing.scores_TE is not None
+    torch.testing.assert_close(routing.scores_TE.sum(1), torch.ones(9, dtype=torch.float64))
+    expected = routing.logits_TE.softmax(1) if score is Score.SOFTMAX else routing.logits_TE.sigmoid()
+    torch.testing.assert_close(routing.scores_TE, expected / expected.sum(1, keepdim=True))
+
+
+def test_before_and_after_agree_for_softmax_and_differ_for_sigmoid() -> None:
+    def weigh(score: Score, normalization: Normalization) -> Tensor:
+        return make_router(TopK(3), score=score, normalization=normalization)(make_x()).weights
+
+    before, after = Normalization.BEFORE, Normalization.AFTER
+    torch.testing.assert_close(weigh(Score.SOFTMAX, before), weigh(Score.SOFTMAX, after))
+    assert not torch.allclose(weigh(Score.SIGMOID, before), weigh(Score.SIGMOID, after))
+
+
+def test_a_threshold_makes_a_ragged_routing() -> None:
+    routing = make_router(Threshold(4, 0.2))(make_x())
+    sizes = set(routing.token_offsets.diff().tolist())
+    assert routing.fixed_k is None
+    assert len(sizes) > 1
+    assert sizes <= {1, 2, 3, 4}
+
+
+def test_the_bias_changes_the_choice_and_no_weight() -> None:
+    router = make_router(TopK(2), score=Score.SIGMOID, normalization=Normalization.AFTER, bias=True)
+    x = make_x()
+    before = router(x)
+    assert router.selection_bias_E is not None
+    router.selection_bias_E[4] = 10.0
+    after = router(x)
+    assert (after.expert_ids.view(-1, 2)[:, 0] == 4).all()
+    assert not torch.equal(before.expert_ids, after.expert_ids)
+    torch.testing.assert_close(after.weights, weigh_slowly(router, x, after.choice), rtol=1e-10, atol=1e-12)
+    assert torch.equal(after.scores_TE, before.scores_TE)
+
+
+def test_the_bias_is_saved_with_the_model_and_not_trained() -> None:
+    biased, plain = make_router(bias=True), make_router()
+    assert set(biased.state_dict()) == {"weight_ED", "selection_bias_E"}
+    assert set(plain.state_dict()) == {"weight_ED"}
+    assert [name for name, _ in biased.named_parameters()] == ["weight_ED"]
+
+
+def test_experts_whose_scores_underflow_get_finite_weights_and_gradients() -> None:
+    router = make_router(TopK(1), normalization=Normalization.AFTER, bias=True, dtype=torch.float32)
+    assert router.selection_bias_E is not None
+    router.selection_bias_E[0] = 10.0
+    with torch.no_grad():
+        router.weight_ED.zero_()
+        router.weight_ED[1] = 100.0
+    x = torch.ones(2, HIDDEN, requires_grad=True)
+    weights = router(x).weights
+    weights.sum().backward()
+    assert weights.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+def test_k_can_change_at_every_call(selection: Selection) -> None:
+    router, x = make_router(selection), make_x()
+    for k in (1, 2, 4, selection.k):
+        if isinstance(selection, GroupLimitedTopK) and k > 4:
+            continue
+        expected = make_router(selection.with_k(k))(x)
+        assert_same(router(x, top_k=k), expected)
+    assert_same(router(x), make_router(selection)(x))
+    with pytest.raises(RoutingError, match=r"top_k \(7\) must be between 1 and num_experts \(6\)"):
+        router(x, top_k=7)
+
+
+def assert_same(first: Routing, second: Routing) -> None:
+    assert torch.equal(first.expert_ids, second.expert_ids)
+    assert torch.equal(first.weights, second.weights)
+    assert torch.equal(first.token_offsets, second.token_offsets)
+    assert first.fixed_k == second.fixed_k
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+@pytest.mark.parametrize("normalization", list(Normalization))
+def test_a_given_choice_is_used_and_weighed_with_gradients(
+    selection: Selection, normalization: Normalization
+) -> None:
+    router, x = make_router(selection, normalization=normalization), make_x().requires_grad_()
+    routing = router(x)
+    assert_same(router(x, given=routing.choice), routing)
+    with torch.no_grad():
+        router.weight_ED.neg_()
+    replayed = router(x, given=routing.choice)
+    assert torch.equal(replayed.expert_ids, routing.expert_ids)
+    assert not torch.equal(router(x).expert_ids, routing.expert_ids) or selection.k == NUM_EXPERTS
+    torch.testing.assert_close(replayed.weights, weigh_slowly(router, x, routing.choice))
+    assert torch.autograd.grad(replayed.weights.square().sum(), x)[0].isfinite().all()
+
+
+def test_tasks_that_own_an_expert_each_get_the_weight_one() -> None:
+    tasks = torch.tensor([[3], [0], [3]])
+    routing = make_router(normalization=Normalization.AFTER)(make_x(3), given=Choice.from_table(tasks))
+    assert routing.expert_ids.tolist() == [3, 0, 3]
+    assert routing.weights.tolist() == [1.0, 1.0, 1.0]
+    assert routing.fixed_k == 1
+
+
+def test_a_given_choice_of_other_tokens_is_an_error() -> None:
+    with pytest.raises(RoutingError, match="the given choice is of 2 tokens, x has 9"):
+        make_router()(make_x(), given=Choice.from_table(torch.zeros(2, 1, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+@pytest.mark.parametrize("score", list(Score))
+def test_same_input_same_bits_and_float32_whatever_the_model(score: Score, selection: Selection) -> None:
+    router = make_router(selection, score=score, normalization=Normalization.AFTER, dtype=torch.float32)
+    x = make_x(64, torch.bfloat16)
+    first = router(x)
+    assert first.weights.dtype == first.logits_TE.dtype == first.scores_TE.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(router(x), first)
+    assert_same(router(x.float()), first)
+
+
+@pytest.mark.parametrize("normalization", list(Normalization))
+@pytest.mark.parametrize("score", list(Score))
+def test_gradcheck_through_the_weights(score: Score, normalization: Normalization) -> None:
+    router = make_router(Threshold(4, 0.1), score=score, normalization=normalization)
+    x = make_x(4)
+    choice = router(x).choice
+    check: Callable[[Tensor], Tensor] = lambda x: router(x, given=choice).weights  # noqa: E731
+    assert torch.autograd.gradcheck(check, x.requires_grad_())
+
+
+def test_no_tokens() -> None:
+    for selection in SELECTIONS:
+        for normalization in Normalization:
+            routing = make_router(selection, normalization=normalization)(make_x(0))
+            assert (routing.num_tokens, routing.num_assignments) == (0, 0)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    router = make_router(TopK(2), normalization=Normalization.BEFORE, dtype=torch.float32)
+    with torch.no_grad():
+        router.weight_ED.mul_(1e4)
+    weights = router(make_x(dtype=torch.float32)).weights.view(-1, 2)
+    assert math.isclose(weights.sum(1).min().item(), 1.0, rel_tol=1e-6)
