@@ -21,7 +21,7 @@ from moesys.kernels import (
     compute_experts_summed,
     pack_int8,
 )
-from moesys.kernels.experts.records import Weight
+from moesys.kernels.records import Weight
 
 Choices = list[list[int]]
 GRADIENTS = ("x", "gate_up", "down", "weights")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moesys.kernels.cross_entropy.target import IGNORED_TARGET
+from moesys.kernels.products import multiply
 
 
 def linear_cross_entropy(
@@ -41,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             targets_C = target_ids_T[start : start + chunk_tokens]
             is_target_C = targets_C != IGNORED_TARGET
             index_C1 = targets_C.masked_fill(~is_target_C, 0).unsqueeze(1)
-            logits_CV = (hidden_CD @ weight_VD.t()).to(loss_dtype)
+            logits_CV = multiply(hidden_CD, weight_VD.t()).to(loss_dtype)
             # In place: each row is read before it is written (a test compares the bits with a fresh result).
             log_probs_CV = torch.log_softmax(logits_CV, dim=1, out=logits_CV)
             loss -= (log_probs_CV.gather(1, index_C1).squeeze(1) * is_target_C).sum()
@@ -53,11 +54,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits_CV.mul_(is_target_C.unsqueeze(1))
             grad_logits_CV = grad_logits_CV.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
-                torch.mm(grad_logits_CV, weight_VD, out=grad_hidden_TD[start : start + chunk_tokens])
+                multiply(grad_logits_CV, weight_VD, grad_hidden_TD[start : start + chunk_tokens])
             if grad_weight_VD is None:
                 continue
             if hidden_TD.dtype == loss_dtype:
-                grad_weight_VD.addmm_(grad_logits_CV.t(), hidden_CD)
+                multiply(grad_logits_CV.t(), hidden_CD, grad_weight_VD, adds=True)
             else:
                 grad_weight_VD += grad_logits_CV.t() @ hidden_CD
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)

@@ -1,7 +1,8 @@
 """The expert operator: rows of tokens through the experts of a bank view."""
 
 from moesys.kernels.experts.api import compute_experts, compute_experts_summed
-from moesys.kernels.experts.records import (
+from moesys.kernels.experts.row_sum import sum_rows
+from moesys.kernels.records import (
     Activation,
     Adapters,
     BankView,
@@ -11,7 +12,6 @@ from moesys.kernels.experts.records import (
     TokenSum,
     Weight,
 )
-from moesys.kernels.experts.row_sum import sum_rows
 
 __all__ = [
     "Activation",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from moesys.kernels.experts.records import Activation, ExpertForm
+from moesys.kernels.records import Activation, ExpertForm
 
 
 def activate(hidden_NH: Tensor, form: ExpertForm) -> Tensor:

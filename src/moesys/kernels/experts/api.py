@@ -18,7 +18,7 @@ from torch import Tensor
 from moesys.kernels.choice import Kernel, choose_kernel
 from moesys.kernels.experts import native, reference, torch_loop
 from moesys.kernels.experts.checks import check_call, check_sum
-from moesys.kernels.experts.records import Adapters, BankView, ModuleView, Rows, TokenSum
+from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum
 
 
 class Implementation(Protocol):

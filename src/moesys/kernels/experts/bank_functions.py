@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 from moesys.kernels.experts.activations import activate
 from moesys.kernels.experts.modules import ExpertFunction
 from moesys.kernels.experts.products import multiply
-from moesys.kernels.experts.records import Adapters, BankView, ExpertForm, Weight
 from moesys.kernels.formats import Int8Weight
+from moesys.kernels.records import Adapters, BankView, ExpertForm, Weight
 
 
 def make_functions(view: BankView, adapters: Adapters | None) -> list[ExpertFunction | None]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.kernels.experts.records import Adapters, BankView, ModuleView, Rows, TokenSum, Weight
 from moesys.kernels.formats import Int8Weight
+from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum, Weight
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.kernels.experts.records import ModuleView, Rows
+from moesys.kernels.records import ModuleView, Rows
 
 ExpertFunction = Callable[[Tensor], Tensor]
 

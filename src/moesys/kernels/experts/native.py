@@ -10,8 +10,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from moesys.kernels import native
-from moesys.kernels.experts.records import Adapters, BankView, ModuleView, Rows, TokenSum
 from moesys.kernels.experts.row_sum import sum_rows
+from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum
 
 ROW_INVARIANT = True
 HAS_BACKWARD = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moesys.kernels.experts.records import Rows, TokenSum
+from moesys.kernels.records import Rows, TokenSum
 
 _FREE_ROWS = 16
 """Groups of up to so many rows keep their size: they are few shapes, and padding would multiply their cost."""

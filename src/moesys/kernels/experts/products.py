@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from moesys.kernels.experts.records import Weight
 from moesys.kernels.formats import GROUP_SIZE, Int8Product, Int8Weight, round_to_int8
+from moesys.kernels.records import Weight
 
 
 def multiply(x_NK: Tensor, weight_MK: Weight) -> Tensor:

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moesys.kernels.experts.records import (
+from moesys.kernels.formats import GROUP_SIZE, Int8Product, Int8Weight, round_to_int8
+from moesys.kernels.records import (
     Activation,
     Adapters,
     BankView,
@@ -21,7 +22,6 @@ from moesys.kernels.experts.records import (
     TokenSum,
     Weight,
 )
-from moesys.kernels.formats import GROUP_SIZE, Int8Product, Int8Weight, round_to_int8
 
 ROW_INVARIANT = True
 HAS_BACKWARD = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesys.kernels.experts.records import TokenSum
+from moesys.kernels.records import TokenSum
 
 
 def sum_rows(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum) -> Tensor:

@@ -22,9 +22,10 @@ from moesys.kernels.experts.activations import activate, linearize
 from moesys.kernels.experts.bank_functions import make_functions
 from moesys.kernels.experts.modules import compute_functions, find_functions
 from moesys.kernels.experts.padding import pad_groups
-from moesys.kernels.experts.records import Adapters, BankView, ModuleView, Rows, TokenSum
 from moesys.kernels.experts.row_sum import add_rows, sum_rows
 from moesys.kernels.formats import Int8Weight
+from moesys.kernels.products import multiply
+from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum
 
 ROW_INVARIANT = False
 HAS_BACKWARD = True
@@ -180,7 +181,7 @@ class _Experts(torch.autograd.Function):
                 grad_down.add_product(slot, grad_y_ND.t(), activation.compute_inner())
             if not needs_hidden:
                 continue
-            grad_inner_NF = grad_y_ND @ down_SDF[slot].to(grad_y_ND.dtype)
+            grad_inner_NF = multiply(grad_y_ND, down_SDF[slot].to(grad_y_ND.dtype))
             grad_hidden_NH = activation.compute_hidden_gradient(grad_inner_NF)
             if grad_gate_up_bias is not None:
                 grad_gate_up_bias.add_sum(slot, grad_hidden_NH)
@@ -189,7 +190,7 @@ class _Experts(torch.autograd.Function):
                 grad_gate_up.add_product(slot, grad_hidden_NH.t(), x_ND)
             if grad_x_AD is not None:
                 weight_HD = gate_up_SFD[slot].to(grad_hidden_NH.dtype)
-                torch.mm(grad_hidden_NH, weight_HD, out=grad_x_AD[start:end])
+                multiply(grad_hidden_NH, weight_HD, grad_x_AD[start:end])
         gradients = (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
         return (
             None if grad_x_AD is None else add_rows(grad_x_AD, _invert(rows)),
@@ -202,7 +203,7 @@ class _Experts(torch.autograd.Function):
 def _multiply(x_NK: Tensor, bank_SMK: Tensor, bias_SM: Tensor | None, slot: int, out: Tensor) -> None:
     weight_KM = bank_SMK[slot].to(x_NK.dtype).t()
     if bias_SM is None:
-        torch.mm(x_NK, weight_KM, out=out)
+        multiply(x_NK, weight_KM, out)
     else:
         torch.addmm(bias_SM[slot], x_NK, weight_KM, out=out)
 
@@ -221,11 +222,11 @@ class _BankGradient:
     def add_product(self, slot: int, left: Tensor, right: Tensor) -> None:
         """Adds left @ right; a bank narrower than the rows takes the product rounded."""
         if left.dtype != self.tensor.dtype:
-            self._add(slot, left @ right)
+            self._add(slot, multiply(left, right))
         elif slot in self._written:
-            self.tensor[slot].addmm_(left, right)
+            multiply(left, right, self.tensor[slot], adds=True)
         else:
-            torch.mm(left, right, out=self.tensor[slot])
+            multiply(left, right, self.tensor[slot])
             self._written.add(slot)
 
     def add_sum(self, slot: int, rows_NM: Tensor) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from moesys.errors import ShapeError
 from moesys.kernels.choice import Kernel, choose_kernel
-from moesys.kernels.experts.records import Weight
 from moesys.kernels.formats import Int8Weight
 from moesys.kernels.linear import native, reference, torch_product
+from moesys.kernels.records import Weight
 
 _IMPLEMENTATIONS = {
     Kernel.REFERENCE: reference,

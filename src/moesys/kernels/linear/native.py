@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moesys.kernels import native
-from moesys.kernels.experts.records import Weight
+from moesys.kernels.records import Weight
 
 ROW_INVARIANT = True
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moesys.kernels.experts.records import Weight
 from moesys.kernels.formats import Int8Product, Int8Weight
 from moesys.kernels.linear.rounding import round_activations
+from moesys.kernels.records import Weight
 
 ROW_INVARIANT = True
 

@@ -1,14 +1,18 @@
-"""The dense product by torch's own matrix product: every device, differentiable; bits depend on the number of rows."""
+"""The dense product by the training kernel: every device, differentiable; bits depend on the number of rows."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moesys.kernels.experts.records import Weight
 from moesys.kernels.formats import Int8Product, Int8Weight
 from moesys.kernels.linear.rounding import round_activations
+from moesys.kernels.products import multiply
+from moesys.kernels.records import Weight
 
 ROW_INVARIANT = False
 
@@ -21,4 +25,27 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return functional.linear(x, weight.unpack(x.dtype), bias)
     if weight.dtype is torch.bfloat16 and x.dtype is torch.float32:
         weight = weight.float()
-    return functional.linear(x, weight, bias)
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+        return functional.linear(x, weight, bias)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])  # pyrefly: ignore
+    return y if bias is None else y + bias
+
+
+class _Linear(torch.autograd.Function):
+    """x @ weight^T by `multiply`, which autograd cannot see into."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RK, weight_NK)
+        return multiply(x_RK, weight_NK.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
+        x_RK, weight_NK = ctx.saved_tensors
+        grad_RN = grad_RN.contiguous()
+        needs_x, needs_weight = ctx.needs_input_grad
+        return (
+            multiply(grad_RN, weight_NK) if needs_x else None,
+            multiply(grad_RN.t(), x_RK) if needs_weight else None,
+        )

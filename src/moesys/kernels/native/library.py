@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from moesys.errors import KernelError
-from moesys.kernels.experts.records import Activation, BankView, Rows, Weight
 from moesys.kernels.formats import GROUP_SIZE, Int8Product, Int8Weight
 from moesys.kernels.native.build import build_library
 from moesys.kernels.native.cpu_level import find_cpu_level
+from moesys.kernels.records import Activation, BankView, Rows, Weight
 
 _LANES_OF_CORRECTION = 16
 _ACTIVATIONS = (Activation.SWIGLU, Activation.CLAMPED_SWIGLU, Activation.GELU, Activation.RELU)
@@ -66,6 +66,23 @@ class _LinearCall(Structure):
     )
 
 
+class _ProductCall(Structure):
+    _fields_ = (
+        ("a", c_void_p),
+        ("a_row", c_int64),
+        ("a_column", c_int64),
+        ("b", c_void_p),
+        ("b_row", c_int64),
+        ("c", c_void_p),
+        ("c_row", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("depth", c_int64),
+        ("accumulate", c_int32),
+        ("threads", c_int32),
+    )
+
+
 class _ExpertsCall(Structure):
     _fields_ = (
         ("x", _Activations),
@@ -100,6 +117,8 @@ def load_library() -> ctypes.CDLL:
     library.moesys_linear.restype = None
     library.moesys_experts.argtypes = (POINTER(_ExpertsCall),)
     library.moesys_experts.restype = ctypes.c_int
+    library.moesys_product.argtypes = (POINTER(_ProductCall),)
+    library.moesys_product.restype = ctypes.c_int
     library.moesys_read.argtypes = (c_void_p, c_int64, c_int32)
     library.moesys_read.restype = c_float
     return library
@@ -188,6 +207,42 @@ def compute_experts(rows: Rows, view: BankView) -> Tensor:
     if load_library().moesys_experts(ctypes.byref(call)):
         raise MemoryError("the native expert kernel found no memory for its list of experts")
     return y_AD
+
+
+def fits_product(left: Tensor, right: Tensor, out: Tensor) -> bool:
+    """Whether `compute_product` takes matrices of such strides: rows or columns of each lie contiguous."""
+    if (
+        out.stride(1) != 1
+        or 0 in left.shape
+        or 0 in right.shape
+        or out.dtype is not left.dtype is not right.dtype
+    ):
+        return False
+    is_transposed = right.stride(1) != 1
+    if is_transposed:
+        return right.t().is_contiguous() and left.is_contiguous() and out.is_contiguous()
+    return 1 in left.stride()
+
+
+def compute_product(left: Tensor, right: Tensor, out: Tensor, *, adds: bool) -> None:
+    """Computes float32 left @ right into ``out``, or adds it."""
+    threads = torch.get_num_threads()
+    if right.stride(1) != 1:
+        product = torch.empty_like(out) if adds else out
+        x = _Activations(values=left.data_ptr(), columns=left.shape[1])
+        w = _Matrix(int(WeightFormat.F32), right.data_ptr(), None, right.shape[1], right.shape[0])
+        call = _LinearCall(x, left.shape[0], w, None, product.data_ptr(), threads)
+        load_library().moesys_linear(ctypes.byref(call))
+        if adds:
+            out.add_(product)
+        return
+    shape = (left.shape[0], right.shape[1], left.shape[1])
+    call = _ProductCall(
+        left.data_ptr(), *left.stride(), right.data_ptr(), right.stride(0), out.data_ptr(), out.stride(0), *shape,
+        int(adds), threads,
+    )  # fmt: skip
+    if load_library().moesys_product(ctypes.byref(call)):
+        raise MemoryError("the native product found no memory for its panels")
 
 
 def read_memory(buffer: Tensor) -> float:
