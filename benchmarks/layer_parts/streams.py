@@ -9,22 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 import harness
 from harness import Claim, Measured, Spread, Timing
 from layer_peers import OURS
 from layer_peers.workload import Format
+from moesys.planning import measure_memory_read_rate
 
 DISTINCT_BYTES = 2 * 2**30
 CLAIMED_FORMATS = (Format.BF16, Format.W8, Format.W8A8)
-_READ_BYTES = 2**30
-
-
-def measure_memory_read_rate() -> float:
-    """Bytes per second of the fastest of several reads of 1 GiB with torch's threads."""
-    buffer = torch.ones(_READ_BYTES // 4)
-    return _READ_BYTES / min(harness.time_calls(buffer.max, Timing()))
 
 
 def record_sweeps(sweeps: Mapping[str, tuple[int, Callable[[], object]]], timing: Timing) -> dict[str, Any]:

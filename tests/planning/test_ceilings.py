@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesys.planning import ceilings, choose_faster_dtype, measure_gemm_rate
+from moesys.planning import ceilings, choose_faster_dtype, measure_gemm_rate, measure_memory_read_rate
 
 CPU = torch.device("cpu")
 
@@ -42,3 +42,10 @@ def test_bf16_is_chosen_where_it_is_clearly_faster(
     rates = {torch.bfloat16: bf16_rate, torch.float32: 1.0}
     monkeypatch.setattr(ceilings, "measure_gemm_rate", lambda dtype, device: rates[dtype])
     assert choose_faster_dtype(CPU) is chosen
+
+
+def test_the_read_rate_is_that_of_the_fastest_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "_READ_BYTES", 2**20)
+    ticks = iter([0.0, 4.0, 10.0, 10.5, *(float(20 + n // 2 * 10 + n % 2 * 3) for n in range(12))])
+    monkeypatch.setattr(ceilings.time, "perf_counter", lambda: next(ticks))
+    assert measure_memory_read_rate() == 2**20 / 0.5

@@ -21,6 +21,7 @@ from moesys.kernels.experts import (
 )
 from moesys.kernels.formats import Int8Product, Int8Weight, pack_int8
 from moesys.kernels.linear import linear
+from moesys.kernels.products import multiply
 from moesys.kernels.rms_norm import rms_norm
 from moesys.kernels.rotary import rotate_pairs
 
@@ -39,6 +40,7 @@ __all__ = [
     "compute_experts_summed",
     "linear",
     "linear_cross_entropy",
+    "multiply",
     "pack_int8",
     "rms_norm",
     "rotate_pairs",
