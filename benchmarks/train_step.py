@@ -61,7 +61,7 @@ class Plan:
     dtype: peers.Arithmetic = "fp32"
     threads: int = 2
     seed: int = 0
-    slowest_step_seconds: float = 30.0
+    slowest_step_seconds: float = 10.0
 
 
 TRANSFORMERS = tuple(name for name in peers.SYSTEMS if name.startswith("transformers-"))
