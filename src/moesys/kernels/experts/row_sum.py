@@ -25,7 +25,8 @@ def add_rows(y_AD: Tensor, token_sum: TokenSum) -> Tensor:
 
 def _sum(y_AD: Tensor, token_sum: TokenSum, weights: Tensor | None) -> Tensor:
     if token_sum.positions.shape[0] == 0:
-        return y_AD.new_zeros(token_sum.num_results, y_AD.shape[1])
+        # A sum of no rows is zero and keeps the result in the autograd graph.
+        return y_AD.new_zeros(token_sum.num_results, y_AD.shape[1]) + y_AD[:0].sum(dim=0)
     return torch.nn.functional.embedding_bag(
         token_sum.positions,
         y_AD,
