@@ -1,7 +1,7 @@
 """moesys: its router, its local dispatcher and its expert kernel, as the MoE layer strings them together.
 
-The view is made by hand so that every weight format goes the same way. Activations are float32 whatever the
-weights are held in. The variant is the name of a kernel.
+The view is made by hand so that every weight format goes the same way. Activations are bfloat16 with bfloat16
+weights, as in a model held in that type, and float32 otherwise. The variant is the name of a kernel.
 """
 
 from __future__ import annotations
@@ -27,4 +27,5 @@ def build(variant: str, weights: LayerWeights, top_k: int) -> BuiltLayer:
         y_TD = compute_experts_summed(part.rows, view, part.weights_A, part.token_sum, kernel=kernel)
         return dispatcher.combine(y_TD, part.handle)
 
-    return BuiltLayer(compute, torch.float32)
+    is_bf16 = isinstance(weights.gate_up_EFD, Tensor) and weights.gate_up_EFD.dtype is torch.bfloat16
+    return BuiltLayer(compute, torch.bfloat16 if is_bf16 else torch.float32)

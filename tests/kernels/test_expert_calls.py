@@ -223,12 +223,6 @@ def test_auto_does_not_take_what_has_an_obstacle(install: Callable[[ForwardOnly]
         compute(case, Kernel.NATIVE, summed=False)
 
 
-def test_a_kernel_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_IMPLEMENTATIONS", {Kernel.TORCH: torch_loop})
-    with pytest.raises(KernelError, match=r"'reference' cannot compute experts: .*; choose auto, torch"):
-        compute(make_case(*MIXED), Kernel.REFERENCE, summed=False)
-
-
 def test_the_environment_decides_where_nothing_is_asked(
     monkeypatch: pytest.MonkeyPatch, install: Callable[[ForwardOnly], None]
 ) -> None:

@@ -58,6 +58,19 @@ def test_gradients_go_through_torch_and_equal_float64() -> None:
     assert torch.autograd.gradcheck(linear, tuple(leaves))
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_bf16_errs_by_at_most_1_5_of_torchs_error(size: tuple[int, int, int]) -> None:
+    x, weight, _ = draw(*size, "bfloat16")
+    assert isinstance(weight, Tensor)
+    x = x.bfloat16()
+    oracle = x.double() @ weight.double().t()
+    ours, torchs = (
+        (linear(x, weight, kernel=kernel).double() - oracle).abs().max()
+        for kernel in (Kernel.NATIVE, Kernel.TORCH)
+    )
+    assert ours <= 1.5 * torchs + 1e-12
+
+
 def test_leading_dimensions_stay() -> None:
     x, weight, _ = draw(6, 16, 5, "float32")
     y = linear(x.view(2, 3, 16), weight)
@@ -90,8 +103,14 @@ def test_a_row_with_nan_stays_that_rows_problem(weight_format: str) -> None:
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("columns", [64, 200])
-def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(weight_format: str, columns: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(
+    dtype: torch.dtype, weight_format: str, columns: int
+) -> None:
+    if dtype is torch.bfloat16 and weight_format == "float32":
+        pytest.skip("weights are not wider than activations")
     x, weight, bias = draw(512, columns, 70, weight_format)
+    x, bias = x.to(dtype), bias.to(dtype)
     threads = torch.get_num_threads()
     whole = linear(x, weight, bias, Kernel.NATIVE)
     try:
@@ -142,7 +161,7 @@ def test_a_kernel_that_cannot_take_the_call_says_why() -> None:
             None,
             "x must be floating point, got torch.int64",
         ),
-        (torch.ones(2, 3), torch.ones(4, 5), None, r"as many columns as x has \(3\), got \(4, 5\)"),
+        (torch.ones(2, 3), torch.ones(4, 5), None, r"as many columns as x \(2, 3\), got \(4, 5\)"),
         (
             torch.ones(2, 3),
             torch.ones(4, 3).double(),

@@ -6,15 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from expert_cases import FORMATS, FORMS, to_format
 
-from moesys.errors import KernelError
-from moesys.kernels import native
+from moesys.errors import KernelError, ShapeError
+from moesys.kernels import BankView, ExpertForm, Kernel, Rows, compute_experts, native
 from moesys.kernels.native.build import build_library
 from moesys.kernels.native.cpu_level import LEVELS, find_cpu_level
+from moesys.kernels.native.library import find_openmp_runtimes
 
 USABLE = [level for level in LEVELS if level.features <= find_cpu_level().features]
 CHECK = """
@@ -30,15 +33,26 @@ for rows, columns, outputs in ((1, 64, 64), (7, 130, 33), (13, 300, 70)):
         oracle = linear(x.double(), wide, b.double(), Kernel.REFERENCE)
         error = (linear(x, weight, b, Kernel.NATIVE) - oracle).abs().max() / oracle.abs().max()
         assert error < 1e-5, (type(weight), rows, columns, float(error))
+    half, weight = x.bfloat16(), w.bfloat16()
+    oracle = half.double() @ weight.double().t()
+    ours, torchs = (
+        (linear(half, weight, kernel=kernel).double() - oracle).abs().max() for kernel in (Kernel.NATIVE, Kernel.TORCH)
+    )
+    assert ours <= 1.5 * torchs, (rows, columns, float(ours), float(torchs))
 rows = Rows(torch.randn(5, 40), torch.tensor([0, 4, 2, 1, 0, 3]), torch.tensor([0, 2, 2, 6]))
+formats = {
+    "float32": lambda w: w,
+    "bfloat16": lambda w: w.bfloat16(),
+    "w8": lambda w: pack_int8(w, Int8Product.W8),
+}
 for activation in Activation:
     form = ExpertForm(activation)
-    view = BankView(torch.randn(3, form.num_halves * 50, 40), torch.randn(3, 40, 50), form=form)
-    oracle = compute_experts(rows, view, kernel=Kernel.REFERENCE)
-    error = (compute_experts(rows, view, kernel=Kernel.NATIVE) - oracle).abs().max() / oracle.abs().max()
-    assert error < 1e-5, (activation, float(error))
-    a, b = (compute_experts(rows, view, kernel=Kernel.NATIVE) for _ in range(2))
-    assert torch.equal(a, b)
+    gate_up, down = torch.randn(3, form.num_halves * 50, 40), torch.randn(3, 40, 50)
+    for name, to_format in formats.items():
+        view = BankView(to_format(gate_up), to_format(down), form=form)
+        oracle = compute_experts(rows, view, kernel=Kernel.REFERENCE)
+        error = (compute_experts(rows, view, kernel=Kernel.NATIVE) - oracle).abs().max() / oracle.abs().max()
+        assert error < 1e-5, (activation, name, float(error))
 print("agreed")
 """
 
@@ -59,32 +73,135 @@ def test_every_level_of_this_cpu_equals_the_reference(level: object) -> None:
     assert ended.stdout == "agreed\n", ended.stderr
 
 
+DRIVER = """
+import array, ctypes
+library = ctypes.CDLL({library!r})
+pointers = []
+def point(kind, values):
+    pointers.append(array.array(kind, values))
+    return pointers[-1].buffer_info()[0]
+class Matrix(ctypes.Structure):
+    _fields_ = [("format", ctypes.c_int32), ("values", ctypes.c_void_p), ("scales", ctypes.c_void_p),
+                ("rows", ctypes.c_int64), ("columns", ctypes.c_int64)]
+class Activations(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("rounded", ctypes.c_void_p), ("scales", ctypes.c_void_p),
+                ("corrections", ctypes.c_void_p), ("columns", ctypes.c_int64)]
+class Call(ctypes.Structure):
+    _fields_ = [("x", Activations), ("rows", ctypes.c_int64), ("w", Matrix), ("bias", ctypes.c_void_p),
+                ("y", ctypes.c_void_p), ("threads", ctypes.c_int32)]
+rows, columns, outputs = 7, 64, 5
+for format, kind, one in ((0, "f", 1.0), (1, "H", 0x3F80), (2, "b", 1), (3, "b", 1)):
+    x = Activations(point("f", [2.0] * (rows * columns)), point("b", [0] * (rows * columns)),
+                    point("f", [0.0] * rows), point("i", [0] * (16 * rows)), columns)
+    w = Matrix(format, point(kind, [one] * (outputs * columns)), point("f", [1.0] * outputs), outputs, columns)
+    y = point("f", [0.0] * (rows * outputs))
+    library.moesys_linear(ctypes.byref(Call(x, rows, w, None, y, 1)))
+    assert all(abs(value - 2 * columns) < 1e-3 for value in pointers[-1]), (format, pointers[-1])
+print("agreed")
+"""
+
+
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64")
 @pytest.mark.parametrize(("level", "cpu"), [("avx2", "Haswell"), ("baseline", "Nehalem")])
 def test_older_levels_have_no_instruction_of_newer_cpus(level: str, cpu: str) -> None:
     """A new CPU runs anything, so an older one is emulated."""
     library = build_library(next(each for each in LEVELS if each.name == level))
-    driver = (
-        "import ctypes, array; data = array.array('f', [1.0]) * (1 << 17);"
-        f"lib = ctypes.CDLL({str(library)!r}); lib.moesys_read.restype = ctypes.c_float;"
-        "address = data.buffer_info()[0];"
-        "print(lib.moesys_read(ctypes.c_void_p(address), ctypes.c_int64(len(data)), 1))"
-    )
     ended = subprocess.run(
-        ["qemu-x86_64", "-cpu", cpu, sys.executable, "-S", "-c", driver],
+        ["qemu-x86_64", "-cpu", cpu, sys.executable, "-S", "-c", DRIVER.format(library=str(library))],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert float(ended.stdout) == 1 << 17, ended.stderr
+    assert ended.stdout == "agreed\n", ended.stderr
+
+
+def make_call(num_rows: int, form: ExpertForm, weight_format: str) -> tuple[Rows, BankView]:
+    generator = torch.Generator().manual_seed(num_rows)
+    gate_up = torch.randn(3, form.num_halves * 70, 40, generator=generator)
+    down = torch.randn(3, 40, 70, generator=generator)
+    view = BankView(to_format(gate_up, weight_format), to_format(down, weight_format), form=form)
+    rows = Rows(
+        torch.randn(num_rows, 40, generator=generator),
+        torch.arange(num_rows),
+        torch.tensor([0, 0, num_rows, num_rows]),
+    )
+    return rows, view
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(form: str, weight_format: str) -> None:
+    rows, view = make_call(130, FORMS[form], weight_format)
+    whole = compute_experts(rows, view, kernel=Kernel.NATIVE)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            for count in (1, 2, 3, 4, 5, 6, 7, 64, 129, 130):
+                some = Rows(rows.x_RD, rows.row_ids[:count], torch.tensor([0, 0, count, count]))
+                assert torch.equal(compute_experts(some, view, kernel=Kernel.NATIVE), whole[:count])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    calls = [make_call(9, FORMS["swiglu"], weight_format) for weight_format in FORMATS]
+    before = [compute_experts(*call, kernel=Kernel.NATIVE) for call in calls]
+    torch.set_default_dtype(dtype)
+    try:
+        after = [compute_experts(*call, kernel=Kernel.NATIVE) for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(before, after, strict=True):
+        assert one.dtype is other.dtype is torch.float32
+        assert torch.equal(one, other)
+
+
+def test_biases_need_not_be_contiguous() -> None:
+    rows, view = make_call(9, FORMS["swiglu"], "float32")
+    wide = torch.randn(3, 280)
+    strided = replace(view, gate_up_bias_SF=wide[:, ::2], down_bias_SD=torch.ones(1, 1).expand(3, 40))
+    packed = replace(view, gate_up_bias_SF=wide[:, ::2].contiguous(), down_bias_SD=torch.ones(3, 40))
+    assert torch.equal(*(compute_experts(rows, each, kernel=Kernel.NATIVE) for each in (strided, packed)))
+
+
+@pytest.mark.parametrize(
+    ("row_ids", "offsets", "slots"),
+    [
+        ([0, 9], [0, 0, 2, 2], [0, 1, 2]),
+        ([0, -1], [0, 0, 2, 2], [0, 1, 2]),
+        ([0, 1], [0, 2, 1, 2], [0, 1, 2]),
+        ([0, 1], [0, 0, 1, 1], [0, 1, 2]),
+        ([0, 1], [0, 0, 3, 3], [0, 1, 2]),
+        ([0, 1], [0, 0, 2, 2], [0, 3, 2]),
+    ],
+)
+def test_indices_out_of_range_are_refused(row_ids: list[int], offsets: list[int], slots: list[int]) -> None:
+    rows, view = make_call(9, FORMS["swiglu"], "float32")
+    wrong = Rows(rows.x_RD, torch.tensor(row_ids), torch.tensor(offsets))
+    with pytest.raises(
+        ShapeError, match=r"row_ids must be in 0\.\.8, slots in -1\.\.2, and offsets must rise"
+    ):
+        compute_experts(wrong, replace(view, slot_of_expert=torch.tensor(slots)), kernel=Kernel.NATIVE)
+
+
+def test_extreme_gates_have_no_sigmoid_left() -> None:
+    view = BankView(torch.ones(1, 2, 1), torch.ones(1, 1, 1))
+    rows = Rows(torch.tensor([[-1e18], [-100.0]]), torch.arange(2), torch.tensor([0, 2]))
+    assert compute_experts(rows, view, kernel=Kernel.NATIVE).abs().max() < 1e-30
 
 
 def test_there_is_one_openmp_runtime() -> None:
     assert native.find_obstacle() is None
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    paths = {line.split()[-1] for line in maps}
-    runtimes = {path for path in paths if any(name in path for name in ("libgomp", "libiomp", "libomp"))}
-    assert len(runtimes) == 1, runtimes
+    assert len(find_openmp_runtimes()) == 1
+
+
+def test_a_library_that_others_can_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESYS_CACHE", str(tmp_path))
+    build_library(LEVELS[-1]).chmod(0o777)
+    with pytest.raises(KernelError, match="can be written by others, so its native kernels are not loaded"):
+        build_library(LEVELS[-1])
 
 
 def test_a_build_is_reused_and_named_by_what_went_into_it(
@@ -132,9 +249,7 @@ def test_a_broken_compiler_is_named(
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOESYS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        KernelError, match=r"could not be written to .*; set MOESYS_CACHE to a writable folder"
-    ):
+    with pytest.raises(KernelError, match=r"could not be built: .*; set MOESYS_CACHE to a writable folder"):
         build_library(LEVELS[-1])
 
 

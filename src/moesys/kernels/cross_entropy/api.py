@@ -22,6 +22,10 @@ def linear_cross_entropy(
             f"hidden {tuple(hidden_TD.shape)} and weight {tuple(weight_VD.shape)} must be (tokens, hidden) and "
             "(vocabulary, hidden) with the same hidden size"
         )
+    if hidden_TD.dtype != weight_VD.dtype:
+        raise ShapeError(
+            f"hidden is {hidden_TD.dtype} but the weight is {weight_VD.dtype}; cast hidden to the weight's dtype"
+        )
     if target_ids_T.shape != hidden_TD.shape[:1]:
         raise ShapeError(
             f"there must be one target per token: {hidden_TD.shape[0]} tokens, targets {tuple(target_ids_T.shape)}"

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moesys.kernels.choice import Kernel, choose_kernel
+from moesys.kernels.choice import Kernel, Obstacle, choose_kernel
 from moesys.kernels.experts import native, reference, torch_loop
 from moesys.kernels.experts.checks import check_call, check_sum
 from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum
@@ -107,16 +107,16 @@ def _choose(
     *,
     needs_gradient: bool,
 ) -> Implementation:
-    fitting: list[Kernel] = []
-    obstacles: dict[Kernel, str] = {}
-    for name, implementation in _IMPLEMENTATIONS.items():
-        if needs_gradient and not implementation.HAS_BACKWARD:
-            obstacles[name] = "it computes no gradients; use it under torch.no_grad()"
-        elif (obstacle := implementation.find_obstacle(rows, view, adapters)) is not None:
-            obstacles[name] = obstacle
-        else:
-            fitting.append(name)
-    return _IMPLEMENTATIONS[choose_kernel("experts", kernel, fitting, obstacles)]
+    def make_obstacle(implementation: Implementation) -> Obstacle:
+        def find_obstacle() -> str | None:
+            if needs_gradient and not implementation.HAS_BACKWARD:
+                return "it computes no gradients; use it under torch.no_grad()"
+            return implementation.find_obstacle(rows, view, adapters)
+
+        return find_obstacle
+
+    obstacles = {name: make_obstacle(implementation) for name, implementation in _IMPLEMENTATIONS.items()}
+    return _IMPLEMENTATIONS[choose_kernel("experts", kernel, obstacles)]
 
 
 def _needs_gradient(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> bool:

@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 
 from moesys.kernels.experts.activations import activate
 from moesys.kernels.experts.modules import ExpertFunction
-from moesys.kernels.experts.products import multiply
 from moesys.kernels.formats import Int8Weight
 from moesys.kernels.records import Adapters, BankView, ExpertForm, Weight
+from moesys.kernels.weight_product import multiply_weight
 
 
 def make_functions(view: BankView, adapters: Adapters | None) -> list[ExpertFunction | None]:
@@ -53,7 +53,7 @@ class _Matrix:
     low_rank: _LowRank | None
 
     def __call__(self, x_NK: Tensor) -> Tensor:
-        y_NM = multiply(x_NK, self.weight_MK)
+        y_NM = multiply_weight(x_NK, self.weight_MK)
         if self.bias_M is not None:
             y_NM = y_NM + self.bias_M
         if self.low_rank is not None:

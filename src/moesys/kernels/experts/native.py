@@ -34,7 +34,7 @@ def compute_experts(rows: Rows, view: BankView | ModuleView, adapters: Adapters 
     widened = replace(
         view, gate_up_bias_SF=_widen(view.gate_up_bias_SF), down_bias_SD=_widen(view.down_bias_SD)
     )
-    y_AD = native.compute_experts(replace(rows, x_RD=rows.x_RD.float()), widened)
+    y_AD = native.compute_experts(rows, widened)
     return y_AD.to(rows.x_RD.dtype)
 
 

@@ -40,7 +40,7 @@ class PaddedGroups:
 
 
 def pad_groups(rows: Rows) -> PaddedGroups:
-    """Stretches the groups; added rows read row 0."""
+    """Stretches the groups; added rows read a row of their own group."""
     counts = rows.offsets.diff()
     padded = torch.where(counts <= _FREE_ROWS, counts, (counts + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE)
     offsets = torch.cat([padded.new_zeros(1), padded.cumsum(0)])
@@ -48,5 +48,12 @@ def pad_groups(rows: Rows) -> PaddedGroups:
         offsets[:-1] - rows.offsets[:-1], counts, output_size=rows.num_assignments
     )
     places = torch.arange(rows.num_assignments, device=counts.device) + shift
-    row_ids = rows.row_ids.new_zeros(int(offsets[-1])).index_copy(0, places, rows.row_ids)
+    num_places = int(offsets[-1])
+    if num_places == rows.num_assignments:
+        return PaddedGroups(rows, places)
+    # An added row repeats one of its own group's: a NaN in another group's row must not reach this one's gradients.
+    firsts = rows.row_ids[rows.offsets[:-1].clamp(max=rows.num_assignments - 1)]
+    row_ids = torch.repeat_interleave(firsts, padded, output_size=num_places).index_copy(
+        0, places, rows.row_ids
+    )
     return PaddedGroups(Rows(rows.x_RD, row_ids, offsets), places)

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moesys.kernels.formats import GROUP_SIZE, Int8Product, Int8Weight, round_to_int8
+from moesys.kernels.linear.reference import multiply_vector
 from moesys.kernels.records import (
     Activation,
     Adapters,
@@ -20,7 +20,6 @@ from moesys.kernels.records import (
     ModuleView,
     Rows,
     TokenSum,
-    Weight,
 )
 
 ROW_INVARIANT = True
@@ -70,14 +69,14 @@ def compute_experts_summed(
 
 
 def _compute_row(x_D: Tensor, view: BankView, slot: int, adapters: Adapters | None, expert: int) -> Tensor:
-    hidden_H = _multiply(view.gate_up_SFD[slot], x_D)
+    hidden_H = multiply_vector(view.gate_up_SFD[slot], x_D)
     if view.gate_up_bias_SF is not None:
         hidden_H = hidden_H + view.gate_up_bias_SF[slot]
     if adapters is not None:
         low_rank_H = adapters.gate_up_b_EFR[expert] @ (adapters.gate_up_a_ERD[expert] @ x_D)
         hidden_H = hidden_H + adapters.scale * low_rank_H
     inner_F = _activate(hidden_H, view.form)
-    y_D = _multiply(view.down_SDF[slot], inner_F)
+    y_D = multiply_vector(view.down_SDF[slot], inner_F)
     if view.down_bias_SD is not None:
         y_D = y_D + view.down_bias_SD[slot]
     if adapters is not None:
@@ -98,23 +97,3 @@ def _activate(hidden_H: Tensor, form: ExpertForm) -> Tensor:
             return torch.nn.functional.gelu(hidden_H)
         case Activation.RELU:
             return torch.relu(hidden_H)
-
-
-def _multiply(weight_MK: Weight, x_K: Tensor) -> Tensor:
-    if not isinstance(weight_MK, Int8Weight):
-        return weight_MK.to(x_K.dtype) @ x_K
-    y_M = weight_MK.unpack(x_K.dtype) @ x_K
-    if weight_MK.product is Int8Product.W8:
-        return y_M
-    if not x_K.isfinite().all():
-        return y_M * torch.nan
-    # The value is the rounded product, the gradient is that of the product without rounding.
-    return _multiply_rounded(weight_MK, x_K) + (y_M - y_M.detach())
-
-
-def _multiply_rounded(weight_MK: Int8Weight, x_K: Tensor) -> Tensor:
-    values, scales_G = round_to_int8(x_K)
-    x_GI = values.long().unflatten(-1, (-1, GROUP_SIZE))
-    weight_MGI = weight_MK.values.long().unflatten(-1, (-1, GROUP_SIZE))
-    products_MG = (weight_MGI * x_GI).sum(dim=-1)
-    return (products_MG * (weight_MK.scales.to(x_K.dtype) * scales_G.to(x_K.dtype))).sum(dim=-1)

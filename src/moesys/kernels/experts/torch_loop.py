@@ -202,10 +202,9 @@ class _Experts(torch.autograd.Function):
 
 def _multiply(x_NK: Tensor, bank_SMK: Tensor, bias_SM: Tensor | None, slot: int, out: Tensor) -> None:
     weight_KM = bank_SMK[slot].to(x_NK.dtype).t()
-    if bias_SM is None:
-        multiply(x_NK, weight_KM, out)
-    else:
-        torch.addmm(bias_SM[slot], x_NK, weight_KM, out=out)
+    multiply(x_NK, weight_KM, out)
+    if bias_SM is not None:
+        out += bias_SM[slot]
 
 
 class _BankGradient:

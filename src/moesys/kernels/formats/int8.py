@@ -98,6 +98,6 @@ def round_to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     scales = grouped.abs().amax(dim=-1) / 127
     if not bool(scales.isfinite().all()):
         raise ShapeError("int8 rounding needs finite values; this tensor holds NaN or Inf")
-    inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
-    values = (grouped * inverse.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    divisors = torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
+    values = (grouped / divisors).round().clamp(-127, 127).to(torch.int8)
     return values.flatten(-2), scales

@@ -33,19 +33,24 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, kernel: Kernel
 
 
 def _choose(x: Tensor, weight: Weight, bias: Tensor | None, kernel: Kernel) -> Kernel:
-    obstacle = native.find_obstacle(x, weight, bias)
-    if obstacle is None:
-        return choose_kernel("linear", kernel, (Kernel.NATIVE, Kernel.TORCH, Kernel.REFERENCE), {})
-    return choose_kernel("linear", kernel, (Kernel.TORCH, Kernel.REFERENCE), {Kernel.NATIVE: obstacle})
+    def find_obstacle() -> str | None:
+        return native.find_obstacle(x, weight, bias)
+
+    return choose_kernel(
+        "linear", kernel, {Kernel.NATIVE: find_obstacle, Kernel.TORCH: _none, Kernel.REFERENCE: _none}
+    )
+
+
+def _none() -> None:
+    """Torch and the reference take every checked call."""
 
 
 def _check(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
     if not x.is_floating_point():
         raise ShapeError(f"x must be floating point, got {x.dtype}; cast it to the dtype of the weights")
-    if len(weight.shape) != 2 or x.shape[-1:] != weight.shape[1:]:
+    if x.ndim == 0 or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(
-            f"weight must be (rows, columns) with as many columns as x has ({x.shape[-1]}), "
-            f"got {tuple(weight.shape)}"
+            f"weight must be (rows, columns) with as many columns as x {tuple(x.shape)}, got {tuple(weight.shape)}"
         )
     if not (isinstance(weight, Int8Weight) or weight.dtype == x.dtype or _widens(weight, x) or _autocasts(x)):
         raise ShapeError(

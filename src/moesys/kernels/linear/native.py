@@ -17,6 +17,6 @@ def find_obstacle(x: Tensor, weight: Weight, bias: Tensor | None) -> str | None:
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See `moesys.kernels.linear.api.linear`."""
-    x_RK = x.reshape(-1, x.shape[-1]).float()
+    x_RK = x.reshape(-1, x.shape[-1])
     y_RN = native.compute_linear(x_RK, weight, None if bias is None else bias.float())
     return y_RN.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)

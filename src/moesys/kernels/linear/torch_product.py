@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moesys.kernels.formats import Int8Product, Int8Weight
-from moesys.kernels.linear.rounding import round_activations
+from moesys.kernels.formats import Int8Weight
 from moesys.kernels.products import multiply
 from moesys.kernels.records import Weight
+from moesys.kernels.weight_product import multiply_weight
 
 ROW_INVARIANT = False
 
@@ -20,9 +20,9 @@ ROW_INVARIANT = False
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See `moesys.kernels.linear.api.linear`. int8 weights are widened for the call."""
     if isinstance(weight, Int8Weight):
-        if weight.product is Int8Product.W8A8:
-            x = round_activations(x)
-        return functional.linear(x, weight.unpack(x.dtype), bias)
+        x_RK = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+        y = multiply_weight(x_RK, weight).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return y if bias is None else y + bias
     if weight.dtype is torch.bfloat16 and x.dtype is torch.float32:
         weight = weight.float()
     if x.device.type != "cpu" or x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -30,19 +31,17 @@ def build_library(level: CpuLevel) -> Path:
     """
     compiler = _find_compiler()
     flags = [*_FLAGS, *level.flags]
-    folder = env.read_cache_dir() / "native"
-    library = folder / f"moesys-{level.name}-{_fingerprint(compiler, flags)}.so"
-    if library.exists():
-        return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            built = Path(work) / library.name
-            _compile([*compiler, *flags, *map(str, sorted(_SOURCES.glob("*.c"))), "-o", str(built), "-lm"])
-            os.replace(built, library)
-    except OSError as error:
+        folder = env.read_cache_dir() / "native"
+        library = folder / f"moesys-{level.name}-{_fingerprint(compiler, flags)}.so"
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _compile(compiler, flags, library)
+        _require_own(library)
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         raise KernelError(
-            f"the native kernels could not be written to {folder}: {error}; set MOESYS_CACHE to a writable folder"
+            f"the native kernels could not be built: {error}; "
+            "set MOESYS_CACHE to a writable folder and CC to a C compiler"
         ) from error
     return library
 
@@ -50,7 +49,10 @@ def build_library(level: CpuLevel) -> Path:
 def _find_compiler() -> list[str]:
     named = env.read_compiler()
     if named is not None:
-        words = shlex.split(named)
+        try:
+            words = shlex.split(named)
+        except ValueError:
+            words = []
         if words and shutil.which(words[0]):
             return words
         raise KernelError(f"CC is '{named}', which is not an executable; unset it or name a C compiler")
@@ -61,18 +63,40 @@ def _find_compiler() -> list[str]:
 
 
 def _fingerprint(compiler: list[str], flags: list[str]) -> str:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    digest = hashlib.sha256("\0".join([*compiler, *flags]).encode() + version)
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, check=False, timeout=_LIMIT_SECONDS
+    ).stdout
+    digest = hashlib.sha256("\0".join([platform.machine(), *compiler, *flags]).encode() + version)
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(command: list[str]) -> None:
-    try:
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_LIMIT_SECONDS)
-    except subprocess.CalledProcessError as error:
-        words = (error.stderr or "no message").strip().splitlines()
-        raise KernelError(f"the C compiler {command[0]} failed on the native kernels: {words[0]}") from error
-    except subprocess.TimeoutExpired as error:
-        raise KernelError(f"the C compiler {command[0]} was not done after {_LIMIT_SECONDS} s") from error
+def _compile(compiler: list[str], flags: list[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+        built = Path(work) / library.name
+        sources = [str(source) for source in sorted(_SOURCES.glob("*.c"))]
+        ended = subprocess.run(
+            [*compiler, *flags, *sources, "-o", str(built), "-lm"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_LIMIT_SECONDS,
+        )
+        if ended.returncode:
+            words = ended.stderr.strip().partition("\n")[0] or f"exit status {ended.returncode}"
+            raise KernelError(f"the C compiler {compiler[0]} failed on the native kernels: {words}")
+        os.replace(built, library)
+
+
+def _require_own(library: Path) -> None:
+    """Refuses to run code that another user wrote or could have written."""
+    if os.name != "posix":
+        return
+    for path in (library.parent, library):
+        status = path.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise KernelError(
+                f"{path} belongs to another user or can be written by others, so its native kernels are not loaded; "
+                "set MOESYS_CACHE to a folder of your own"
+            )

@@ -34,6 +34,11 @@ _AVX512_FLAGS = (
 )  # fmt: skip
 
 LEVELS = (
+    CpuLevel(
+        "avx512bf16",
+        _AVX512 | {"avx512_vnni", "avx512_bf16"},
+        (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"),
+    ),
     CpuLevel("avx512vnni", _AVX512 | {"avx512_vnni"}, (*_AVX512_FLAGS, "-mavx512vnni")),
     CpuLevel("avx512", _AVX512, _AVX512_FLAGS),
     CpuLevel("avx2", _AVX2, _AVX2_FLAGS),
@@ -61,9 +66,8 @@ def find_cpu_level() -> CpuLevel:
 
 
 def is_half_used_by_mkl() -> bool:
-    """Whether this CPU has AVX-512 and is AMD's: MKL gives it AVX2 code, at half the rate."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return _read_features() >= _AVX512 and "AuthenticAMD" in cpuinfo.read_text()
+    """Whether the level in use has AVX-512 and the CPU is AMD's: MKL gives it AVX2 code, at half the rate."""
+    return find_cpu_level().features >= _AVX512 and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 
 
 def _read_features() -> frozenset[str]:

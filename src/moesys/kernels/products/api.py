@@ -7,9 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moesys import env
 from moesys.kernels import native
-from moesys.kernels.choice import Kernel
+from moesys.kernels.choice import Kernel, read_override
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, *, adds: bool = False) -> Tensor:
@@ -19,8 +18,8 @@ def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, *, adds: bo
     row-invariant. MKL, which multiplies float32 in torch, runs at half of an AMD CPU's rate (it leaves AVX-512 to
     Intel's); there ours computes, unless ``MOESYS_KERNEL`` says otherwise.
     """
-    if left.dtype is torch.float32 and left.device.type == "cpu" and _prefers_native(env.read_kernel()):
-        result = torch.empty(left.shape[0], right.shape[1]) if out is None else out
+    if left.dtype is torch.float32 and left.device.type == "cpu" and _prefers_native(read_override()):
+        result = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
         if native.fits_product(left, right, result):
             native.compute_product(left, right, result, adds=adds)
             return result
@@ -30,7 +29,6 @@ def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, *, adds: bo
 
 
 @cache
-def _prefers_native(override: str) -> bool:
-    if override != Kernel.AUTO:
-        return override == Kernel.NATIVE and native.find_obstacle() is None
-    return native.is_half_used_by_mkl() and native.find_obstacle() is None
+def _prefers_native(override: Kernel) -> bool:
+    is_wanted = native.is_half_used_by_mkl() if override is Kernel.AUTO else override is Kernel.NATIVE
+    return is_wanted and native.find_obstacle() is None

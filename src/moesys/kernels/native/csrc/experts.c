@@ -17,7 +17,7 @@ enum activation { SWIGLU, CLAMPED_SWIGLU, GELU, RELU };
 typedef struct {
   activations x;
   const int64_t *row_ids, *offsets, *slots;
-  int64_t num_experts, num_rows;
+  int64_t num_experts, num_rows, num_assignments, num_slots;
   matrix gate_up, down;
   const float *gate_up_bias, *down_bias;
   int32_t activation;
@@ -96,6 +96,10 @@ static void compute_inner(const experts_call *c, int64_t expert, int64_t unit, i
     for (int i = 0; i < rows; i++) {
       float *target = c->inner_rows.values + (a + i) * c->inner_rows.columns + unit;
       memcpy(target, up[i], 4 * (size_t)count);
+#if MULTIPLIES_BF16
+      if (c->down.format == WEIGHT_BF16 && c->inner_rows.rounded)
+        store_bf16((uint16_t *)c->inner_rows.rounded + (a + i) * c->inner_rows.columns + unit, up[i], count);
+#endif
       if (c->down.format != WEIGHT_W8A8) continue;
       memset(target + count, 0, 4 * (size_t)(num_groups(count) * GROUP - count));
       round_row(&c->inner_rows, a + i, unit, unit + count);
@@ -123,8 +127,19 @@ static void compute_outer(const experts_call *c, int64_t expert, int64_t column,
   }
 }
 
-// Returns 0, or 1 when there is no memory for the list of experts.
+// Whether every index lies where it may. The layer's parts and views come from code that users replace.
+static int is_sound(const experts_call *c) {
+  if (c->offsets[0] != 0 || c->offsets[c->num_experts] != c->num_assignments) return 0;
+  for (int64_t e = 0; e < c->num_experts; e++)
+    if (c->offsets[e] > c->offsets[e + 1] || c->slots[e] < -1 || c->slots[e] >= c->num_slots) return 0;
+  for (int64_t a = 0; a < c->num_assignments; a++)
+    if (c->row_ids[a] < 0 || c->row_ids[a] >= c->num_rows) return 0;
+  return 1;
+}
+
+// Returns 0, 1 when there is no memory for the list of experts, or 2 when an index is out of range.
 int moesys_experts(const experts_call *c) {
+  if (!is_sound(c)) return 2;
   int64_t *busy = malloc(sizeof(int64_t) * (size_t)(c->num_experts + 1));
   if (!busy) return 1;
   int64_t num_busy = 0;

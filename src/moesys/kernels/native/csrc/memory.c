@@ -1,5 +1,8 @@
 // The rate at which memory can be read: the ceiling of everything that computes one token.
-#include "simd.h"
+#include "dot_bf16.h"
+
+// Whether bfloat16 activations meet bfloat16 weights unwidened at the level that this library was built for.
+int moesys_multiplies_bf16(void) { return MULTIPLIES_BF16; }
 
 // Reads `count` floats with all threads and returns their sum, so that no read can be left out.
 float moesys_read(const float *data, int64_t count, int32_t threads) {
@@ -14,5 +17,6 @@ float moesys_read(const float *data, int64_t count, int32_t threads) {
     for (int s = 0; s < 8; s++)
       for (int lane = 0; lane < LANES; lane++) total += sums[s][lane];
   }
+  for (int64_t k = count / block * block; k < count; k++) total += data[k];
   return total;
 }

@@ -1,6 +1,7 @@
 // What the operators multiply: matrices in one of the weight formats, and rows of activations.
 #pragma once
 
+#include "dot_bf16.h"
 #include "dot_int8.h"
 
 #define FORMAT f32
@@ -33,10 +34,10 @@ typedef struct {
   int64_t rows, columns;
 } matrix;
 
-// Rows of activations, padded as the matrix that they meet. Only w8a8 has the rounded form.
+// Rows of activations, padded as the matrix that they meet: float32, or what w8a8 or bfloat16 pairs round them to.
 typedef struct {
   float *values;
-  int8_t *rounded;
+  void *rounded;
   float *scales;
   int32_t *corrections;
   int64_t columns;
@@ -71,11 +72,11 @@ static void round_row(const activations *a, int64_t row, int64_t begin, int64_t 
       nothing += v * 0.0f;
     }
     float scale = largest_lane(largest) / 127.0f + any_nan_lane(nothing);
-    float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    float divisor = scale > 0 ? scale : 1.0f;
     a->scales[index] = scale;
     for (int k = 0; k < GROUP; k += LANES)
-      store_i8(a->rounded + index * GROUP + k, load(source + k) * inverse);
-    correct_group(a->rounded + index * GROUP, a->corrections + index * 16);
+      store_i8((int8_t *)a->rounded + index * GROUP + k, load(source + k) / divisor);
+    correct_group((const int8_t *)a->rounded + index * GROUP, a->corrections + index * 16);
   }
 }
 
@@ -106,6 +107,14 @@ INLINE void multiply_tile(const activations *a, int rows, const int64_t row_ids[
   } else if (m->format == WEIGHT_BF16) {
     const uint16_t *w[TILE_COLUMNS];
     for (int j = 0; j < TILE_COLUMNS; j++) w[j] = (const uint16_t *)m->values + offsets[j];
+#if MULTIPLIES_BF16
+    if (a->rounded) {
+      const uint16_t *halves[TILE_ROWS];
+      for (int i = 0; i < rows; i++) halves[i] = (const uint16_t *)a->rounded + row_ids[i] * a->columns;
+      dot_tile_pairs(rows, halves, w, m->columns, ahead, result);
+      return;
+    }
+#endif
     dot_tile_bf16(rows, x, w, scales, m->columns, ahead, result);
   } else {
     const int8_t *w[TILE_COLUMNS];
@@ -117,7 +126,7 @@ INLINE void multiply_tile(const activations *a, int rows, const int64_t row_ids[
     int8_row q[TILE_ROWS];
     for (int i = 0; i < rows; i++) {
       int64_t index = row_ids[i] * groups;
-      q[i] = (int8_row){a->rounded + index * GROUP, a->scales + index, a->corrections + index * 16};
+      q[i] = (int8_row){(const int8_t *)a->rounded + index * GROUP, a->scales + index, a->corrections + index * 16};
     }
     dot_tile_int8(rows, q, w, scales, groups, ahead, result);
   }

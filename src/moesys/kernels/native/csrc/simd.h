@@ -93,7 +93,7 @@ INLINE vec load_bf16_head(const uint16_t *source, int count) {
   return load_bf16(padded);
 }
 
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_i32){__VA_ARGS__})
@@ -130,9 +130,9 @@ INLINE void sum_lanes_of_4(const vec v[4], float result[4]) {
 #endif
 }
 
-// exp(x) to about 1 ulp in float32: 2^n times a polynomial on [-ln2/2, ln2/2] (coefficients of Cephes' expf).
+// exp(x) to about 1 ulp in float32, infinite from 88.4 on: 2^n times a polynomial on [-ln2/2, ln2/2] (coefficients of Cephes' expf).
 INLINE vec exp_vec(vec x) {
-  const vec largest = splat(88.0f), smallest = splat(-87.0f);
+  const vec largest = splat(89.0f), smallest = splat(-87.0f);
   vec_i32 above = x > largest, below = x < smallest;
   x = (vec)((above & (vec_i32)largest) | (~above & (vec_i32)x));
   x = (vec)((below & (vec_i32)smallest) | (~below & (vec_i32)x));

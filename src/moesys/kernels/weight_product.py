@@ -18,7 +18,7 @@ from moesys.kernels.formats import GROUP_SIZE, Int8Product, Int8Weight, round_to
 from moesys.kernels.records import Weight
 
 
-def multiply(x_NK: Tensor, weight_MK: Weight) -> Tensor:
+def multiply_weight(x_NK: Tensor, weight_MK: Weight) -> Tensor:
     """Returns (rows, M) = x @ weight^T in the dtype of ``x``; float weights are widened to it."""
     if isinstance(weight_MK, Int8Weight):
         return _Int8Product.apply(x_NK, weight_MK)  # pyrefly: ignore
@@ -48,8 +48,11 @@ def _multiply_rounded(x_NK: Tensor, weight_MK: Int8Weight) -> Tensor:
     values_NK, scales_NG = round_to_int8(torch.where(is_finite_N1, x_NK, 0))
     scales_NG, weight_scales_MG = scales_NG.to(x_NK.dtype), weight_MK.scales.to(x_NK.dtype)
     y_NM = x_NK.new_zeros(x_NK.shape[0], weight_MK.shape[0])
-    for group in range(scales_NG.shape[1]):
-        columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
-        product_NM = values_NK[:, columns].to(x_NK.dtype) @ weight_MK.values[:, columns].to(x_NK.dtype).t()
-        y_NM += product_NM.mul_(scales_NG[:, group, None]).mul_(weight_scales_MG[:, group])
+    with torch.autocast(x_NK.device.type, enabled=False):
+        for group in range(scales_NG.shape[1]):
+            columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
+            product_NM = (
+                values_NK[:, columns].to(x_NK.dtype) @ weight_MK.values[:, columns].to(x_NK.dtype).t()
+            )
+            y_NM += product_NM.mul_(scales_NG[:, group, None]).mul_(weight_scales_MG[:, group])
     return y_NM.masked_fill_(~is_finite_N1, torch.nan)
