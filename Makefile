@@ -34,7 +34,9 @@ shape: .venv
 
 bench: .venv
 	$(PIP) --editable '.[dev,plot,bench]'
-	$(BIN)/python benchmarks/train_step.py --json benchmarks/results/train_step-$$(date +%Y-%m-%d).json
+	status=0; for name in train_step moe_layer; do \
+	  $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name-$$(date +%Y-%m-%d).json || status=1; \
+	done; exit $$status
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
