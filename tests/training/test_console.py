@@ -43,6 +43,12 @@ LINE = (
 )
 
 
+def test_drops_are_shown_where_there_are_any() -> None:
+    dropping = compute_progress(replace(METRICS, expert_tokens=[[30, 50], [60, 60]], dropped=7), 1000)
+    assert "| imbalance 1.32 | 3.5% dropped |" in format_progress(dropping)
+    assert "dropped" not in format_progress(compute_progress(METRICS, 1000))
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

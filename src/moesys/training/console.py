@@ -40,6 +40,8 @@ class Progress:
     """Arithmetic rate as a share (0 to 1) of the measured GEMM rate."""
     imbalance: float | None = None
     """Tokens of the busiest expert divided by the mean, averaged over MoE layers."""
+    dropped_share: float | None = None
+    """Assignments that were dropped, as a share (0 to 1) of all; None where none was."""
     remaining_s: float | None = None
     """Estimated seconds until the last step."""
 
@@ -62,6 +64,7 @@ def compute_progress(metrics: TrainMetrics, total_steps: int) -> Progress:
         tokens_per_s=metrics.tokens_per_s,
         gemm_share=metrics.gemm_share,
         imbalance=metrics.imbalance if math.isfinite(metrics.imbalance) else None,
+        dropped_share=metrics.dropped / sum(map(sum, metrics.expert_tokens)) if metrics.dropped else None,
         remaining_s=remaining_s,
     )
 
@@ -80,6 +83,8 @@ def format_progress(progress: Progress) -> str:
         parts.append(f"{progress.gemm_share:.0%} of GEMM rate")
     if progress.imbalance is not None:
         parts.append(f"imbalance {progress.imbalance:.2f}")
+    if progress.dropped_share is not None:
+        parts.append(f"{progress.dropped_share:.1%} dropped")
     if progress.remaining_s is not None:
         parts.append(f"{format_duration(progress.remaining_s)} left")
     return " | ".join(parts)
