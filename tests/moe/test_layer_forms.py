@@ -198,3 +198,12 @@ def test_adapters_of_the_layer_reach_its_experts() -> None:
     merged, _ = layer(x)
     torch.testing.assert_close(found, merged, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(found, plain)
+
+
+def test_a_given_router_keeps_its_weights() -> None:
+    router = TopKRouter(8, 4, 2)
+    before = router.weight_ED.detach().clone()
+    assert before.any()
+    layer = MoELayer(8, MoEConfig(num_experts=4, top_k=2, intermediate_size=5), router=router)
+    layer.reset_parameters()
+    assert torch.equal(layer.router.weight_ED, before)

@@ -50,6 +50,7 @@ class MoELayer(nn.Module):
         self.capacity = config.capacity
         self.bias_update_rate = config.bias_update_rate
         self.router = make_router(hidden_size, config) if router is None else router
+        self._given_parameters = set() if router is None else set(router.parameters())
         shape = (hidden_size, config.intermediate_size, config.form, config.expert_bias)
         self.experts: ExpertBank | ModuleBank = (
             ExpertBank(config.num_experts, *shape) if experts is None else experts
@@ -68,9 +69,11 @@ class MoELayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draws weights from a normal distribution with standard deviation ``std`` and zeroes biases; experts that are
-        the user's own modules stay as they are."""
-        own = set() if isinstance(self.experts, ExpertBank) else set(self.experts.parameters())
+        """Draws weights from a normal distribution with standard deviation ``std`` and zeroes biases; a router and
+        experts that the layer was given stay as they are."""
+        own = set(self._given_parameters)
+        if not isinstance(self.experts, ExpertBank):
+            own.update(self.experts.parameters())
         for name, parameter in self.named_parameters():
             if parameter in own:
                 continue

@@ -44,6 +44,7 @@ class Router(nn.Module):
         super().__init__()
         selection.require_possible(num_experts)
         self.weight_ED = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        nn.init.normal_(self.weight_ED, std=0.02)
         self.register_buffer("selection_bias_E", torch.zeros(num_experts) if has_selection_bias else None)
         self.selection = selection
         self.score = score

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from moesys.env import read_cache_dir, read_world_size
 from moesys.errors import ConfigError, DataError, ModelFormatError, NonFiniteError
 from moesys.kernels import Kernel
 from moesys.models import DecoderConfig, choose_family
-from moesys.moe import LoadMeter
+from moesys.moe import Capacity, LoadMeter
 from moesys.training.allocator import keep_freed_memory
 from moesys.training.build import (
     build_model,
@@ -177,11 +177,11 @@ class Trainer:
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Evaluation:
         """Scores held-out documents, each alone; ``max_tokens`` bounds how many, None takes all. ``on_progress`` gets
-        (batches done, batches)."""
+        (batches done, batches). Nothing is dropped: with a capacity, a document would depend on its neighbours."""
         return evaluate(
             self.model,
             self.make_heldout_set(max_tokens),
-            self.execution,
+            replace(self.execution, capacity=Capacity.unbounded()),
             self.config.memory.loss_chunk_tokens,
             on_progress,
         )
