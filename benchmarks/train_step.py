@@ -21,7 +21,7 @@ from typing import Any
 
 import harness
 import peers
-from harness import Claim, Outcome, Spread
+from harness import Claim, Measured, Outcome, Spread
 from peers.workload import Shape, draw_batches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,27 +93,10 @@ QUICK = Plan(
 
 
 @dataclass
-class SizeResult:
+class SizeResult(Measured):
     """What was measured at one size: a record per pass and system, and who is absent and why."""
 
-    size: str
-    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def is_out(self, system: str) -> bool:
-        return system in self.skipped or system in self.failed
-
-    def add(self, system: str, outcome: Outcome) -> None:
-        """A system that is skipped or fails in one pass is out of all of them: pairs need every pass."""
-        if outcome.record is not None:
-            self.records.setdefault(system, []).append(outcome.record)
-            return
-        self.records.pop(system, None)
-        if outcome.skipped is not None:
-            self.skipped[system] = outcome.skipped
-        else:
-            self.failed[system] = outcome.failed or "no reason given"
+    size: str = field(kw_only=True)
 
     def rates(self, system: str) -> list[float]:
         """Tokens per second of every timed step, pass by pass; step i has the same batch in every system."""
@@ -190,7 +173,7 @@ def start_worker(system: str, plan: Plan, size: str) -> Outcome:
 
 
 def measure_size(size: str, plan: Plan) -> SizeResult:
-    result = SizeResult(size)
+    result = SizeResult(size=size)
     passes = harness.alternating_passes(plan.systems, plan.rounds)
     for number, systems in enumerate(passes, start=1):
         for system in systems:
@@ -266,9 +249,7 @@ def format_size(result: SizeResult, gemm_flops: float) -> str:
             )
         )
     header = ("system", "tokens/s", "10-90 %", "ms/step", "of GEMM", "of dense", "peak MiB", "dropped")
-    absent = [f"skipped {name} ({reason})" for name, reason in result.skipped.items()]
-    absent += [f"failed {name} ({reason})" for name, reason in result.failed.items()]
-    return "\n".join([title, harness.format_table(header, rows), *absent])
+    return "\n".join([title, harness.format_table(header, rows), *result.absence_lines])
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
