@@ -8,30 +8,16 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
-import sys, threading, time
-from pathlib import Path
+from peak_memory import MEASURE_PEAK
+
+SCRIPT = (
+    MEASURE_PEAK
+    + """
+import sys
 import torch
 from moesys.checkpoint import load_model, save_model
 from moesys.models import AttentionConfig, Decoder, DecoderConfig
 from moesys.moe import MoEConfig
-
-def read_resident():
-    status = Path("/proc/self/status").read_text()
-    return sum(int(status.split(name + ":")[1].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
-
-def measure_peak(action):
-    peak, done = [0], threading.Event()
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], read_resident())
-            time.sleep(0.001)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    result = action()
-    done.set()
-    thread.join()
-    return result, peak[0]
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 if mode == "make":
@@ -51,6 +37,7 @@ _, saving = measure_peak(lambda: save_model(model, Path(sys.argv[3]), dtype, {})
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
 print(weights, loading - idle, saving - idle)
 """
+)
 
 
 @pytest.mark.slow

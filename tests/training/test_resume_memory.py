@@ -8,29 +8,15 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
-import io, sys, threading, time
-from pathlib import Path
+from peak_memory import MEASURE_PEAK
+
+SCRIPT = (
+    MEASURE_PEAK
+    + """
+import io, sys
 import torch
 from moesys.config import load_config
 from moesys.training import PlainConsole, Trainer
-
-def read_resident():
-    status = Path("/proc/self/status").read_text()
-    return sum(int(status.split(name + ":")[1].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
-
-def measure_peak(action):
-    peak, done = [0], threading.Event()
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], read_resident())
-            time.sleep(0.001)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    result = action()
-    done.set()
-    thread.join()
-    return result, peak[0]
 
 run, mode, overrides = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 console = PlainConsole(2, io.StringIO())
@@ -46,6 +32,7 @@ state = sum(t.numel() * t.element_size() for t in trainer.optimizer.export_state
 copies = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.dtype != torch.float32)
 print(state + copies, peak - idle)
 """
+)
 SETTINGS = [
     "model.hidden_size=512", "model.num_layers=1", "model.num_experts=24", "model.expert_intermediate_size=1024",
     "data.vocab_size=300", "data.sequence_length=16", "data.heldout_fraction=0.2",
