@@ -14,47 +14,46 @@ INLINE __m512bh load_pairs(const uint16_t *source, int count) {
   return (__m512bh)_mm512_maskz_loadu_epi16(mask, source);
 }
 
-INLINE void add_pairs(const int rows, const uint16_t *const x[], const uint16_t *const w[], int64_t k, int count,
-                      __m512 sums[][TILE_COLUMNS]) {
+INLINE void add_pairs(const int rows, const int first, const int together, const uint16_t *const x[],
+                      const uint16_t *const w[], int64_t k, int count, __m512 sums[][TILE_COLUMNS]) {
   __m512bh weights[TILE_COLUMNS];
 #pragma GCC unroll 4
-  for (int j = 0; j < TILE_COLUMNS; j++) weights[j] = load_pairs(w[j] + k, count);
+  for (int j = first; j < first + together; j++) weights[j] = load_pairs(w[j] + k, count);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; i++) {
     __m512bh activations = load_pairs(x[i] + k, count);
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE_COLUMNS; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], activations, weights[j]);
+    for (int j = first; j < first + together; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], activations, weights[j]);
   }
+}
+
+INLINE void sum_pairs(const int rows, const int first, const int together, const uint16_t *const x[],
+                      const uint16_t *const w[], int64_t columns, int64_t ahead, __m512 sums[][TILE_COLUMNS]) {
+  int64_t k = 0;
+  for (; k + 32 <= columns; k += 32) {
+#pragma GCC unroll 4
+    for (int j = first; j < first + together; j++) __builtin_prefetch(w[j] + k + ahead);
+    add_pairs(rows, first, together, x, w, k, 32, sums);
+  }
+  if (k < columns) add_pairs(rows, first, together, x, w, k, (int)(columns - k), sums);
 }
 
 INLINE void dot_rows_pairs(const int rows, const uint16_t *const x[], const uint16_t *const w[], int64_t columns,
                            int64_t ahead, float result[][TILE_COLUMNS]) {
-  __m512 sums[TILE_ROWS][TILE_COLUMNS];
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++)
+  __m512 sums[TILE_ROWS][TILE_COLUMNS] = {{{0}}};
+  if (rows <= FEW_ROWS) {
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE_COLUMNS; j++) sums[i][j] = _mm512_setzero_ps();
-  int64_t k = 0;
-  for (; k + 32 <= columns; k += 32) {
-#pragma GCC unroll 4
-    for (int j = 0; j < TILE_COLUMNS; j++) __builtin_prefetch(w[j] + k + ahead);
-    add_pairs(rows, x, w, k, 32, sums);
+    for (int j = 0; j < TILE_COLUMNS; j++) sum_pairs(rows, j, 1, x, w, columns, STREAM_AHEAD / 2, sums);
+  } else {
+    sum_pairs(rows, 0, TILE_COLUMNS, x, w, columns, ahead, sums);
   }
-  if (k < columns) add_pairs(rows, x, w, k, (int)(columns - k), sums);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; i++) sum_lanes_of_4((const vec *)sums[i], result[i]);
 }
 
 static void dot_tile_pairs(int rows, const uint16_t *const x[], const uint16_t *const w[], int64_t columns,
                            int64_t ahead, float result[][TILE_COLUMNS]) {
-  switch (rows) {
-    case 1: dot_rows_pairs(1, x, w, columns, ahead, result); return;
-    case 2: dot_rows_pairs(2, x, w, columns, ahead, result); return;
-    case 3: dot_rows_pairs(3, x, w, columns, ahead, result); return;
-    case 4: dot_rows_pairs(4, x, w, columns, ahead, result); return;
-    case 5: dot_rows_pairs(5, x, w, columns, ahead, result); return;
-    case 6: dot_rows_pairs(6, x, w, columns, ahead, result); return;
-  }
+  WITH_ROWS(rows, dot_rows_pairs, x, w, columns, ahead, result)
 }
 
 // Rounds `count` floats to bfloat16, ties to even.

@@ -71,16 +71,12 @@ INLINE vec dot_group(const int8_row *x, int64_t group, int8_group w) {
 #endif
 #endif
 
-INLINE void dot_rows_int8(const int rows, const int8_row x[], const int8_t *const w[], const float *const scales[],
-                          int64_t groups, int64_t ahead, float result[][TILE_COLUMNS]) {
-  vec sums[TILE_ROWS][TILE_COLUMNS];
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < TILE_COLUMNS; j++) sums[i][j] = (vec){0};
+INLINE void sum_groups(const int rows, const int first, const int together, const int8_row x[],
+                       const int8_t *const w[], const float *const scales[], int64_t groups, int64_t ahead,
+                       vec sums[][TILE_COLUMNS]) {
   for (int64_t g = 0; g < groups; g++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE_COLUMNS; j++) {
+    for (int j = first; j < first + together; j++) {
       __builtin_prefetch(w[j] + g * GROUP + ahead);
       int8_group weights = load_weight_group(w[j] + g * GROUP);
       float scale = scales[j][g];
@@ -88,20 +84,22 @@ INLINE void dot_rows_int8(const int rows, const int8_row x[], const int8_t *cons
       for (int i = 0; i < rows; i++) sums[i][j] += dot_group(&x[i], g, weights) * (scale * x[i].scales[g]);
     }
   }
+}
+
+INLINE void dot_rows_int8(const int rows, const int8_row x[], const int8_t *const w[], const float *const scales[],
+                          int64_t groups, int64_t ahead, float result[][TILE_COLUMNS]) {
+  vec sums[TILE_ROWS][TILE_COLUMNS] = {{{0}}};
+  if (rows <= FEW_ROWS) {
+#pragma GCC unroll 4
+    for (int j = 0; j < TILE_COLUMNS; j++) sum_groups(rows, j, 1, x, w, scales, groups, STREAM_AHEAD, sums);
+  } else {
+    sum_groups(rows, 0, TILE_COLUMNS, x, w, scales, groups, ahead, sums);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < rows; i++) sum_lanes_of_4(sums[i], result[i]);
 }
 
 static void dot_tile_int8(int rows, const int8_row x[], const int8_t *const w[], const float *const scales[],
                           int64_t groups, int64_t ahead, float result[][TILE_COLUMNS]) {
-  switch (rows) {
-    case 1: dot_rows_int8(1, x, w, scales, groups, ahead, result); return;
-    case 2: dot_rows_int8(2, x, w, scales, groups, ahead, result); return;
-#if TILE_ROWS > 2
-    case 3: dot_rows_int8(3, x, w, scales, groups, ahead, result); return;
-    case 4: dot_rows_int8(4, x, w, scales, groups, ahead, result); return;
-    case 5: dot_rows_int8(5, x, w, scales, groups, ahead, result); return;
-    case 6: dot_rows_int8(6, x, w, scales, groups, ahead, result); return;
-#endif
-  }
+  WITH_ROWS(rows, dot_rows_int8, x, w, scales, groups, ahead, result)
 }

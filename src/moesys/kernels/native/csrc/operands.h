@@ -3,24 +3,18 @@
 
 #include "dot_bf16.h"
 #include "dot_int8.h"
+#include "dot_w8.h"
 
 #define FORMAT f32
 #define WEIGHT float
-#define LOAD(row, scales, k) load((row) + (k))
-#define LOAD_HEAD(row, scales, k, count) load_head((row) + (k), count)
+#define LOAD(row, k) load((row) + (k))
+#define LOAD_HEAD(row, k, count) load_head((row) + (k), count)
 #include "dot_tile.h"
 
 #define FORMAT bf16
 #define WEIGHT uint16_t
-#define LOAD(row, scales, k) load_bf16((row) + (k))
-#define LOAD_HEAD(row, scales, k, count) load_bf16_head((row) + (k), count)
-#include "dot_tile.h"
-
-// Rows of int8 are padded to whole groups, so there is no head.
-#define FORMAT w8
-#define WEIGHT int8_t
-#define LOAD(row, scales, k) (load_i8((row) + (k)) * (scales)[(k) / GROUP])
-#define LOAD_HEAD(row, scales, k, count) ((vec){0})
+#define LOAD(row, k) load_bf16((row) + (k))
+#define LOAD_HEAD(row, k, count) load_bf16_head((row) + (k), count)
 #include "dot_tile.h"
 
 // In the order of `WeightFormat` in library.py.
@@ -103,7 +97,7 @@ INLINE void multiply_tile(const activations *a, int rows, const int64_t row_ids[
   if (m->format == WEIGHT_F32) {
     const float *w[TILE_COLUMNS];
     for (int j = 0; j < TILE_COLUMNS; j++) w[j] = (const float *)m->values + offsets[j];
-    dot_tile_f32(rows, x, w, scales, m->columns, ahead, result);
+    dot_tile_f32(rows, x, w, m->columns, ahead, result);
   } else if (m->format == WEIGHT_BF16) {
     const uint16_t *w[TILE_COLUMNS];
     for (int j = 0; j < TILE_COLUMNS; j++) w[j] = (const uint16_t *)m->values + offsets[j];
@@ -115,12 +109,12 @@ INLINE void multiply_tile(const activations *a, int rows, const int64_t row_ids[
       return;
     }
 #endif
-    dot_tile_bf16(rows, x, w, scales, m->columns, ahead, result);
+    dot_tile_bf16(rows, x, w, m->columns, ahead, result);
   } else {
     const int8_t *w[TILE_COLUMNS];
     for (int j = 0; j < TILE_COLUMNS; j++) w[j] = (const int8_t *)m->values + offsets[j];
     if (m->format == WEIGHT_W8) {
-      dot_tile_w8(rows, x, w, scales, m->columns, ahead, result);
+      dot_tile_w8(rows, x, w, scales, groups, ahead, result);
       return;
     }
     int8_row q[TILE_ROWS];

@@ -24,6 +24,30 @@
 // Weight rows computed together. With a gate, half of them are gate rows and half up rows.
 #define TILE_COLUMNS 4
 
+// Up to so many activation rows, weight rows are read one after the other, as one stream, and fetched so many bytes
+// ahead of it; with more rows the tile's are read side by side, each for all activation rows.
+#define FEW_ROWS 2
+#define STREAM_AHEAD 4096
+
+// Calls F with the number of activation rows as a constant, so that its loops over them unroll.
+#if TILE_ROWS > 2
+#define WITH_ROWS(rows, F, ...)        \
+  switch (rows) {                      \
+    case 1: F(1, __VA_ARGS__); break;  \
+    case 2: F(2, __VA_ARGS__); break;  \
+    case 3: F(3, __VA_ARGS__); break;  \
+    case 4: F(4, __VA_ARGS__); break;  \
+    case 5: F(5, __VA_ARGS__); break;  \
+    default: F(6, __VA_ARGS__); break; \
+  }
+#else
+#define WITH_ROWS(rows, F, ...)        \
+  switch (rows) {                      \
+    case 1: F(1, __VA_ARGS__); break;  \
+    default: F(2, __VA_ARGS__); break; \
+  }
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
