@@ -5,6 +5,9 @@ mask, losses, AdamW call and threads. fp32 carries the claims. ``--dtype bf16`` 
 peers keep fp32 weights under ``torch.autocast`` (which does not reach every experts implementation) and
 moesys keeps bf16 weights with fp32 masters. Speed is also given as a share of the measured GEMM rate: model
 FLOPs per token (``peers.workload.Shape.flops_per_token``) x tokens/s / FLOP/s.
+
+What moesys says of its routers is measured apart, in more passes, because it is to cost at most a hundredth: the same
+step with and without it, alternating in the same way.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from peers.workload import Shape, draw_batches
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("moesys", "torch", "transformers", "deepspeed", "tutel")
 OURS = "moesys"
+UNMETERED = "moesys-unmetered"
+TELEMETRY_FLOOR = 1.01
 DENSE = "dense"
 GEMM = "gemm"
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -56,6 +61,7 @@ class Plan:
     systems: tuple[str, ...]
     rivals: tuple[Rival, ...]
     rounds: int
+    telemetry_rounds: int
     warmup_steps: int
     steps: int
     dtype: peers.Arithmetic = "fp32"
@@ -69,13 +75,14 @@ DEEPSPEED = ("deepspeed", "deepspeed-dropless")
 
 FULL = Plan(
     sizes=tuple(SIZES),
-    systems=tuple(peers.SYSTEMS),
+    systems=tuple(name for name in peers.SYSTEMS if name != UNMETERED),
     rivals=(
         Rival("transformers", TRANSFORMERS, 1.10, 1.0),
         Rival("deepspeed", DEEPSPEED, 1.15, 1.0),
         Rival("tutel", ("tutel",), 1.0, None),
     ),
     rounds=1,
+    telemetry_rounds=4,
     warmup_steps=2,
     steps=6,
 )
@@ -87,6 +94,7 @@ QUICK = Plan(
         Rival("deepspeed", ("deepspeed",), 1.10, 1.05),
     ),
     rounds=1,
+    telemetry_rounds=2,
     warmup_steps=1,
     steps=4,
 )
@@ -98,10 +106,13 @@ class SizeResult(Measured):
 
     size: str = field(kw_only=True)
 
+    def step_seconds(self, system: str) -> list[float]:
+        """Of every timed step, pass by pass; step i has the same batch in every system."""
+        return [seconds for record in self.records[system] for seconds in record["step_seconds"]]
+
     def rates(self, system: str) -> list[float]:
-        """Tokens per second of every timed step, pass by pass; step i has the same batch in every system."""
-        tokens = SIZES[self.size].num_tokens
-        return [tokens / s for record in self.records[system] for s in record["step_seconds"]]
+        """Tokens per second of every timed step, in the order of `step_seconds`."""
+        return [SIZES[self.size].num_tokens / seconds for seconds in self.step_seconds(system)]
 
     def rate_spread(self, system: str) -> Spread:
         return Spread.of(self.rates(system))
@@ -184,6 +195,11 @@ def measure_size(size: str, plan: Plan) -> SizeResult:
     return result
 
 
+def measure_telemetry(size: str, plan: Plan) -> SizeResult:
+    """Our step with and without telemetry, in passes of their own."""
+    return measure_size(size, replace(plan, systems=(OURS, UNMETERED), rounds=plan.telemetry_rounds))
+
+
 def measure_ceiling(plan: Plan) -> list[float]:
     """FLOP/s of a matrix product, in as many fresh processes as there are passes of one round."""
     outcomes = [start_worker(GEMM, plan, plan.sizes[0]) for _ in range(2)]
@@ -196,6 +212,16 @@ def measure_ceiling(plan: Plan) -> list[float]:
 def make_claims(result: SizeResult, plan: Plan) -> list[Claim]:
     """Speed and memory against each rival; the goal of speed is the dense network's, in the same unit."""
     return [claim for rival in plan.rivals for claim in _claims_against(rival, result)]
+
+
+def make_telemetry_claim(result: SizeResult) -> Claim:
+    """The time of a step with telemetry over that of the same step without."""
+    name = f"train_step/{result.size}/telemetry"
+    missing = next((system for system in (OURS, UNMETERED) if system not in result.records), None)
+    if missing is not None:
+        return Claim(name, TELEMETRY_FLOOR, missing=missing)
+    ratios = harness.pair_ratios(result.step_seconds(OURS), result.step_seconds(UNMETERED))
+    return Claim(name, TELEMETRY_FLOOR, ratios, goal=1.0, better="lower")
 
 
 def _claims_against(rival: Rival, result: SizeResult) -> list[Claim]:
@@ -261,6 +287,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=peers.SYSTEMS)
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, help="each measures every system twice, forwards and backwards")
+    parser.add_argument(
+        "--telemetry-rounds", type=int, help="the same for the cost of telemetry; 0 leaves it out"
+    )
     parser.add_argument("--steps", type=int, help="timed steps per process")
     parser.add_argument("--warmup-steps", type=int)
     parser.add_argument("--threads", type=int)
@@ -273,13 +302,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """The full or quick plan with what the user set; peers' claims stay, and are skipped where unmeasured."""
-    names = ("sizes", "systems", "rounds", "steps", "warmup_steps", "dtype", "threads", "seed")
+    names = (
+        "sizes",
+        "systems",
+        "rounds",
+        "telemetry_rounds",
+        "steps",
+        "warmup_steps",
+        "dtype",
+        "threads",
+        "seed",
+    )
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     for name in ("sizes", "systems"):
         if name in chosen:
             chosen[name] = tuple(chosen[name])
     plan = replace(QUICK if options.quick else FULL, **chosen)
-    return plan if plan.dtype == "fp32" else replace(plan, rivals=())
+    return plan if plan.dtype == "fp32" else replace(plan, rivals=(), telemetry_rounds=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -298,7 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gemm_flops = measure_ceiling(plan)
     results = [measure_size(size, plan) for size in plan.sizes]
     gemm_flops += measure_ceiling(plan)
+    measures_telemetry = plan.telemetry_rounds > 0 and OURS in plan.systems
+    telemetry = [measure_telemetry(size, plan) for size in plan.sizes] if measures_telemetry else []
     claims = [claim for result in results for claim in make_claims(result, plan)]
+    claims += [make_telemetry_claim(result) for result in telemetry]
 
     for result in results:
         print(format_size(result, max(gemm_flops)), end="\n\n")
@@ -320,13 +362,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 | {"tokens_per_second": {name: asdict(result.rate_spread(name)) for name in result.records}}
                 for result in results
             ],
+            "telemetry": [asdict(result) for result in telemetry],
             "claims": [claim.record for claim in claims],
         }
         harness.write_record(options.json, ROOT, machine, PACKAGES, contents)
     if options.plot is not None:
         panels = {r.size: {name: r.rate_spread(name) for name in r.records} for r in results}
         harness.plot_bars(options.plot, "tokens per second", panels)
-    broken = any(result.failed for result in results)
+    broken = any(result.failed for result in results + telemetry)
     return int(broken or any(claim.verdict == "short" for claim in claims))
 
 

@@ -47,7 +47,8 @@ class System:
 
 
 SYSTEMS: dict[str, System] = {
-    "moesys": System("moesys_decoder", "resident", "moesys"),
+    "moesys": System("moesys_decoder", "metered", "moesys"),
+    "moesys-unmetered": System("moesys_decoder", "unmetered", "moesys"),
     "transformers-eager": System("qwen3_moe", "eager", "transformers"),
     "transformers-grouped_mm": System("qwen3_moe", "grouped_mm", "transformers"),
     "transformers-batched_mm": System("qwen3_moe", "batched_mm", "transformers"),

@@ -1,16 +1,19 @@
 """moesys as its own training runs it: decoder, fused linear cross entropy, balance loss, clip, master AdamW.
 
-The router z-loss is left out because no peer pays for one. bf16 keeps fp32 masters.
+The router z-loss is left out because no peer pays for one. bf16 keeps fp32 masters. The variant ``unmetered`` gathers
+no telemetry of its routers, to show what telemetry costs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
 from moesys.config import ModelConfig, TrainingConfig
 from moesys.data import Batch as TrainingBatch
 from moesys.models import Decoder, initialize_weights
-from moesys.moe import LoadMeter
+from moesys.moe import ExpertLoad, LoadMeter, Routing
 from moesys.training.build import build_decoder_config
 from moesys.training.optimizer import MasterAdamW
 from moesys.training.step import Objective, TrainingStep
@@ -23,8 +26,13 @@ LOSS_CHUNK_TOKENS = 1024
 """The default of ``memory.loss_chunk_tokens``."""
 
 
+class NoMeter(LoadMeter):
+    def add(self, routings: Mapping[int, Routing]) -> None:
+        pass
+
+
 class MoesysTrainee:
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, meter: LoadMeter) -> None:
         config = ModelConfig(
             hidden_size=shape.hidden_size,
             num_layers=shape.num_layers,
@@ -40,24 +48,27 @@ class MoesysTrainee:
         settings = TrainingConfig(
             learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY
         )
-        self._meter = LoadMeter()
         self._step = TrainingStep(
             model,
             MasterAdamW(model, settings, dtype),
             model.make_resident_execution(),
             Objective(BALANCE_COEFFICIENT, 0.0, LOSS_CHUNK_TOKENS),
             LARGEST_GRADIENT_NORM,
-            self._meter,
+            meter,
         )
+        self._load: ExpertLoad = meter.drain()
 
     def step(self, batch: Batch) -> float:
         ours = TrainingBatch(batch.tokens_BS, batch.targets_BS, batch.documents_BS, batch.positions_BS)
-        return self._step.run([ours], LEARNING_RATE).loss
+        result = self._step.run([ours], LEARNING_RATE)
+        self._load = result.load
+        return result.loss
 
     def count_dropped(self) -> float | None:
-        load = self._meter.drain()
-        return load.dropped / sum(map(sum, load.expert_tokens))
+        num_assignments = sum(map(sum, self._load.expert_tokens))
+        return self._load.dropped / num_assignments if num_assignments else None
 
 
 def build(variant: str, shape: Shape, arithmetic: Arithmetic) -> Trainee:
-    return MoesysTrainee(shape, {"fp32": torch.float32, "bf16": torch.bfloat16}[arithmetic])
+    meter = NoMeter() if variant == "unmetered" else LoadMeter()
+    return MoesysTrainee(shape, {"fp32": torch.float32, "bf16": torch.bfloat16}[arithmetic], meter)

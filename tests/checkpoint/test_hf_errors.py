@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from moesys.checkpoint import hf, load_model, save_model
 from moesys.errors import ModelFormatError
-from moesys.models import AttentionConfig, Decoder, DecoderConfig, DenseConfig, initialize_weights
+from moesys.models import (
+    AttentionConfig,
+    Decoder,
+    DecoderConfig,
+    DenseConfig,
+    QKNorm,
+    RopeConfig,
+    initialize_weights,
+)
 from moesys.moe import MoEConfig
 
 WEIGHTS = "model.safetensors"
@@ -21,9 +29,9 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 def make_decoder(*, tie: bool = True) -> Decoder:
-    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True)
+    attention = AttentionConfig(4, 2, 6, RopeConfig(6), QKNorm.PER_HEAD)
     layers = (MoEConfig(4, 2, 6), DenseConfig(10))
-    model = Decoder(DecoderConfig(23, 12, attention, layers, tie_embeddings=tie))
+    model = Decoder(DecoderConfig(23, 12, (attention,) * 2, layers, tie_embeddings=tie))
     initialize_weights(model, seed=0, std=0.5)
     return model
 

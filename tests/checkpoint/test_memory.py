@@ -16,12 +16,13 @@ SCRIPT = (
 import sys
 import torch
 from moesys.checkpoint import load_model, save_model
-from moesys.models import AttentionConfig, Decoder, DecoderConfig
+from moesys.models import AttentionConfig, Decoder, DecoderConfig, QKNorm, RopeConfig
 from moesys.moe import MoEConfig
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 if mode == "make":
-    config = DecoderConfig(16000, 768, AttentionConfig(8, 8, 96, qk_norm=True), (MoEConfig(32, 2, 1024),) * 2,
+    attention = AttentionConfig(8, 8, 96, RopeConfig(96), QKNorm.PER_HEAD)
+    config = DecoderConfig(16000, 768, (attention,) * 2, (MoEConfig(32, 2, 1024),) * 2,
                            tie_embeddings=False)
     model = Decoder(config)
     with torch.no_grad():

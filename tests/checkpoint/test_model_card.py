@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from moesys.checkpoint import CurvePoint, ModelCard
 from moesys.checkpoint.files import WrittenFile
-from moesys.models import AttentionConfig, DecoderConfig, DenseConfig
+from moesys.models import AttentionConfig, DecoderConfig, DenseConfig, RopeConfig
 from moesys.moe import MoEConfig
 
 CONFIG = DecoderConfig(
-    300, 8, AttentionConfig(2, 1, 4), (MoEConfig(4, 2, 6), DenseConfig(10)), max_positions=64
+    300, 8, (AttentionConfig(2, 1, 4, RopeConfig(4)),) * 2, (MoEConfig(4, 2, 6), DenseConfig(10)), max_positions=64
 )
 
 

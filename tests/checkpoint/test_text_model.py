@@ -11,13 +11,13 @@ import torch
 from moesys.checkpoint import hf, load_text_model, parse_dtype, save_model, text_model
 from moesys.data.tokenizer import train_tokenizer
 from moesys.errors import DataError, ModelFormatError
-from moesys.models import AttentionConfig, Decoder, DecoderConfig, initialize_weights
+from moesys.models import AttentionConfig, Decoder, DecoderConfig, QKNorm, RopeConfig, initialize_weights
 from moesys.moe import MoEConfig
 
 
 def write_folder(folder: Path, vocab_size: int) -> Path:
-    attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, qk_norm=True)
-    model = Decoder(DecoderConfig(vocab_size, 8, attention, (MoEConfig(2, 1, 4),)))
+    attention = AttentionConfig(2, 1, 4, RopeConfig(4), QKNorm.PER_HEAD)
+    model = Decoder(DecoderConfig(vocab_size, 8, (attention,), (MoEConfig(2, 1, 4),)))
     initialize_weights(model, seed=0, std=0.5)
     save_model(model, folder, torch.float32, {})
     train_tokenizer(["to be or not to be"], 260).save(folder)

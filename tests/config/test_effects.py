@@ -25,6 +25,10 @@ NO_EXPERTS = "model.num_experts=0"
 IDLE: dict[str, list[str]] = {
     "model.top_k": [NO_EXPERTS, "model.top_k=3"],
     "model.expert_intermediate_size": ["model.num_experts=[0, 0]", "model.expert_intermediate_size=8"],
+    "model.expert_activation": [NO_EXPERTS, "model.expert_activation=gelu"],
+    "model.expert_limit": ["model.expert_activation=swiglu", "model.expert_limit=5.0"],
+    "model.expert_alpha": ["model.expert_activation=gelu", "model.expert_alpha=1.0"],
+    "model.expert_bias": [NO_EXPERTS, "model.expert_bias=true"],
     "model.shared_expert_intermediate_size": [NO_EXPERTS, "model.shared_expert_intermediate_size=8"],
     "model.normalize_top_k": [NO_EXPERTS, "model.normalize_top_k=false"],
     "model.top_k_scale": [NO_EXPERTS, "model.top_k_scale=2.5"],
@@ -42,7 +46,6 @@ IDLE: dict[str, list[str]] = {
     "training.balance_loss": [NO_EXPERTS, "training.balance_loss=0.1"],
     "training.balance_scope": ["training.balance_loss=0", "training.balance_scope=sequence"],
     "training.router_z_loss": [NO_EXPERTS, "training.router_z_loss=0.1"],
-    "runtime.kernel": [NO_EXPERTS, "runtime.kernel=reference"],
     "model.intermediate_size": ["model.num_experts=[4, 8]", "model.intermediate_size=8"],
     "model.sliding_window": ["model.sliding_window=256", "data.sequence_length=256"],
     "data.vocab_size": ["data.tokenizer=t.json", "data.vocab_size=300"],
@@ -67,6 +70,8 @@ EFFECTIVE: dict[str, list[str]] = {
         for key in IDLE
         if IDLE[key][0].startswith("model.num_experts=")
     },
+    "model.expert_limit": ["model.expert_activation=clamped_swiglu", "model.expert_limit=5.0"],
+    "model.expert_alpha": ["model.expert_activation=clamped_swiglu", "model.expert_alpha=1.0"],
     "model.top_k_groups": ["model.expert_groups=4", "model.top_k_groups=2"],
     "model.capacity_formula": ["model.capacity_factor=1", "model.capacity_formula=tutel"],
     "model.min_capacity": ["model.capacity_factor=1", "model.min_capacity=4"],
@@ -122,6 +127,19 @@ def test_a_text_field_of_a_plain_file_has_no_effect(tmp_path: Path, name: str, i
     with pytest.raises(IneffectiveOptionError, match=r"data\.text_field") if is_idle else nullcontext():
         load_config(overrides=overrides)
     load_config(overrides=[*overrides, "data.format=jsonl"])
+
+
+@pytest.mark.parametrize("more", ["model.min_capacity=4", "model.drop_by=probability"])
+def test_a_factor_of_zero_drops_nothing_so_how_to_drop_has_no_effect(more: str) -> None:
+    tutel = ["model.capacity_factor=0", "model.capacity_formula=tutel"]
+    assert load_config(overrides=tutel).model.capacity_factor == 0
+    with pytest.raises(IneffectiveOptionError, match=r"without a model\.capacity_factor other than 0"):
+        load_config(overrides=[*tutel, more])
+    load_config(overrides=["model.capacity_factor=-1", "model.capacity_formula=tutel", more])
+
+
+def test_the_kernel_of_a_dense_model_has_an_effect() -> None:
+    assert load_config(overrides=[NO_EXPERTS, "runtime.kernel=reference"]).runtime.kernel == "reference"
 
 
 def test_a_config_built_in_python_is_judged_by_what_was_set() -> None:

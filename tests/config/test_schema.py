@@ -10,7 +10,8 @@ from moesys.config.load import list_keys
 
 KEYS = {
     "model": "hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size num_experts top_k "
-    "expert_intermediate_size shared_expert_intermediate_size normalize_top_k top_k_scale router_score "
+    "expert_intermediate_size expert_activation expert_limit expert_alpha expert_bias "
+    "shared_expert_intermediate_size normalize_top_k top_k_scale router_score "
     "router_min_score expert_groups top_k_groups balance_bias_rate capacity_factor capacity_formula min_capacity "
     "drop_by shared_expert_gate residual_expert qk_norm attention_bias "
     "sliding_window rope_theta norm_epsilon tie_embeddings init_std",
@@ -67,6 +68,12 @@ def test_derived_numbers() -> None:
     assert TrainingConfig(batch_sequences=6, micro_batch_sequences=2).resolved_micro_batch == 2
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_residual_expert_may_have_any_form_that_a_dense_layer_has(activation: str) -> None:
+    options = {"residual_expert": True, "expert_activation": activation, "expert_bias": True}
+    assert ModelConfig.model_validate(options).residual_expert
+
+
 def test_gradient_clip_is_a_number() -> None:
     assert TrainingConfig(gradient_clip=0).gradient_clip == 0
     with pytest.raises(ValidationError, match="gradient_clip"):
@@ -92,7 +99,22 @@ def test_top_k_may_equal_the_smallest_layer() -> None:
             r"router_min_score \(0.1\) gives tokens different",
         ),
         ({"router_min_score": 0.1, "expert_groups": 2}, r"router_min_score \(0.1\) gives tokens different"),
-        ({"capacity_factor": 0.0}, "greater than 0"),
+        (
+            {"capacity_factor": 0.0},
+            r"capacity_factor \(0.0\) of 0 or less has a meaning in Tutel's formula only; set model.capacity_formula",
+        ),
+        (
+            {"capacity_factor": -1.5, "capacity_formula": "deepspeed"},
+            r"capacity_factor \(-1.5\) of 0 or less",
+        ),
+        (
+            {"residual_expert": True, "expert_activation": "clamped_swiglu"},
+            r"expert_activation \(clamped_swiglu\) with expert_bias \(false\); use gelu or relu",
+        ),
+        (
+            {"residual_expert": True, "expert_bias": True},
+            r"expert_activation \(swiglu\) with expert_bias \(true\)",
+        ),
     ],
 )
 def test_router_options_that_contradict_each_other_are_refused(

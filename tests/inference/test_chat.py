@@ -11,10 +11,10 @@ import tokenizers
 from tiny_decoders import make_decoder, make_tokenizer
 from tokenizers import AddedToken
 
-from moesys.data import Tokenizer
-from moesys.errors import DataError, GenerationError, ModelFormatError
+from moesys.data import ChatTemplate, Tokenizer
+from moesys.errors import GenerationError, ModelFormatError
 from moesys.inference import ChatFormat, ChatSession, Engine, SamplingParams
-from moesys.inference.chat import Message
+from moesys.inference.chat_format import Message
 
 TEMPLATE = (
     "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content | trim }}{{ eos_token }}{% endfor %}<|turn|>"
@@ -31,6 +31,10 @@ def add_special_tokens(tokenizer: Tokenizer, folder: Path, names: list[str]) -> 
     return Tokenizer.load(folder)
 
 
+def make_format(template: str, special_tokens: dict[str, str] | None = None) -> ChatFormat:
+    return ChatFormat(ChatTemplate(template, "here", special_tokens or {}))
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return add_special_tokens(
@@ -40,7 +44,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def chat_format() -> ChatFormat:
-    return ChatFormat(TEMPLATE, (), {"eos_token": END})
+    return make_format(TEMPLATE, {"eos_token": END})
 
 
 def test_a_template_renders(chat_format: ChatFormat) -> None:
@@ -50,7 +54,7 @@ def test_a_template_renders(chat_format: ChatFormat) -> None:
 
 
 def test_without_a_template_there_is_a_transcript(tokenizer: Tokenizer) -> None:
-    plain = ChatFormat(None, ("\nUser:",), {})
+    plain = ChatFormat(None, ("\nUser:",))
     text = "User: hi\nAssistant: ho\nUser: again\nAssistant:"
     assert plain.render(TURNS) == text
     ids = plain.encode(TURNS, tokenizer)
@@ -76,19 +80,19 @@ def test_without_a_template_there_is_a_transcript(tokenizer: Tokenizer) -> None:
 )
 def test_a_template_that_reaches_out_or_breaks_is_an_error(template: str) -> None:
     with pytest.raises(ModelFormatError, match="the chat template cannot render this conversation"):
-        ChatFormat(template, (), {}).render(TURNS)
+        make_format(template).render(TURNS)
 
 
 @pytest.mark.parametrize("template", ["{{ messages.__class__ }}", "{{ raise_exception.__globals__ }}"])
 def test_private_attributes_are_nothing_to_a_template(template: str) -> None:
-    assert ChatFormat(template, (), {}).render(TURNS) == ""
+    assert make_format(template).render(TURNS) == ""
 
 
 def test_templates_may_break_out_of_loops() -> None:
     template = (
         "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
     )
-    assert ChatFormat(template, (), {}).render(TURNS) == "hi"
+    assert make_format(template).render(TURNS) == "hi"
 
 
 def test_the_templates_special_tokens_are_tokens(chat_format: ChatFormat, tokenizer: Tokenizer) -> None:
@@ -120,46 +124,23 @@ def test_a_message_cannot_forge_special_tokens(
     assert tokenizer.decode(ids) == chat_format.render(messages)
 
 
-def test_loading_prefers_the_file_of_its_own(tmp_path: Path) -> None:
+def test_loading_takes_the_folders_template(tmp_path: Path) -> None:
     keys = {
-        "chat_template": "inline",
+        "chat_template": [
+            {"name": "default", "template": "d"},
+            {"name": "rag", "template": "{{ bos_token }}"},
+        ],
         "bos_token": {"content": "<s>", "special": True},
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(keys))
-    assert ChatFormat.load(tmp_path) == ChatFormat("inline", (), {"bos_token": "<s>", "eos_token": "</s>"})
-    (tmp_path / "chat_template.jinja").write_text("alone")
-    assert ChatFormat.load(tmp_path).template == "alone"
+    assert ChatFormat.load(tmp_path).render(TURNS) == "d"
+    assert ChatFormat.load(tmp_path, "rag").render(TURNS) == "<s>"
 
 
 def test_a_folder_without_a_template_gives_the_transcript_format(tmp_path: Path) -> None:
-    assert ChatFormat.load(tmp_path) == ChatFormat(None, ("\nUser:",), {})
+    assert ChatFormat.load(tmp_path) == ChatFormat(None, ("\nUser:",))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null}')
-    assert ChatFormat.load(tmp_path) == ChatFormat(None, ("\nUser:",), {})
-
-
-@pytest.mark.parametrize(
-    ("name", "contents", "message"),
-    [
-        ("chat_template.jinja", b"x" * 65537, "one text of at most 65536 characters"),
-        ("chat_template.jinja", b"\xff", "not UTF-8"),
-        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "must be one text"),
-    ],
-)
-def test_files_that_hold_no_template_are_errors(
-    tmp_path: Path, name: str, contents: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(contents)
-    with pytest.raises(ModelFormatError, match=message):
-        ChatFormat.load(tmp_path)
-
-
-@pytest.mark.parametrize("contents", [b"{", b"\xff", b"[]"])
-def test_a_broken_tokenizer_config_is_an_error(tmp_path: Path, contents: bytes) -> None:
-    (tmp_path / "tokenizer_config.json").write_bytes(contents)
-    with pytest.raises(DataError, match=r"tokenizer_config.json: not a JSON object"):
-        ChatFormat.load(tmp_path)
+    assert ChatFormat.load(tmp_path) == ChatFormat(None, ("\nUser:",))
 
 
 class SpyFormat(ChatFormat):
@@ -177,14 +158,14 @@ seen: list[list[str]] = []
 def make_session(tokenizer: Tokenizer, max_positions: int, system: str | None = None) -> ChatSession:
     seen.clear()
     model = make_decoder(vocab_size=tokenizer.vocab_size, max_positions=max_positions)
-    spy = SpyFormat("{% for m in messages %}{{ m.content }}|{% endfor %}", (), {})
+    spy = SpyFormat(ChatTemplate("{% for m in messages %}{{ m.content }}|{% endfor %}", "here"))
     return ChatSession(Engine(model), tokenizer, spy, SamplingParams(1.0), 2, system)
 
 
 def test_a_session_ends_an_answer_at_every_stop_token(tokenizer: Tokenizer) -> None:
     model = make_decoder(vocab_size=tokenizer.vocab_size, max_positions=200)
     all_ids = frozenset(range(tokenizer.vocab_size))
-    spy = SpyFormat("{{ messages[-1].content }}", (), {})
+    spy = SpyFormat(ChatTemplate("{{ messages[-1].content }}", "here"))
     session = ChatSession(Engine(model), tokenizer, spy, SamplingParams(1.0), 5, stop_ids=all_ids)
     assert "".join(session.answer("one")) == ""
     assert "1 new tokens" in session.describe_last()

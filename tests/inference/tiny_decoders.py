@@ -18,19 +18,29 @@ from moesys.models import (
     DecoderConfig,
     DenseConfig,
     DocumentAttend,
+    QKNorm,
+    RopeConfig,
     initialize_weights,
 )
-from moesys.moe import MoEConfig
+from moesys.moe import MoEConfig, Normalization
 
 VOCAB = 31
 MAX_POSITIONS = 24
 
 
 def make_decoder(*, vocab_size: int = VOCAB, max_positions: int = MAX_POSITIONS, **attention: Any) -> Decoder:
-    sizes: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True} | attention
-    layers = (MoEConfig(4, 2, 8), DenseConfig(12), MoEConfig(3, 1, 8, normalize_top_k=False))
+    sizes: dict[str, Any] = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "rope": RopeConfig(6),
+        "qk_norm": QKNorm.PER_HEAD,
+    } | attention
+    layers = (MoEConfig(4, 2, 8), DenseConfig(12), MoEConfig(3, 1, 8, weighting=Normalization.NONE))
     model = Decoder(
-        DecoderConfig(vocab_size, 16, AttentionConfig(**sizes), layers, max_positions=max_positions)
+        DecoderConfig(
+            vocab_size, 16, (AttentionConfig(**sizes),) * len(layers), layers, max_positions=max_positions
+        )
     )
     initialize_weights(model, 0, std=0.4)
     return model.eval()

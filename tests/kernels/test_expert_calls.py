@@ -20,7 +20,8 @@ from moesys.kernels import (
     compute_experts_summed,
     pack_int8,
 )
-from moesys.kernels.experts import api, reference, torch_loop
+from moesys.kernels.choice import Obstacle
+from moesys.kernels.experts import implementations, reference, torch_loop
 
 
 def make_errors() -> dict[str, tuple[Case, str]]:
@@ -176,8 +177,8 @@ class ForwardOnly:
     def __init__(self, obstacle: str | None = None) -> None:
         self._obstacle = obstacle
 
-    def find_obstacle(self, rows: Rows, *_: object) -> str | None:
-        return self._obstacle
+    def find_obstacle(self, rows: Rows, *_: object) -> Obstacle | None:
+        return None if self._obstacle is None else Obstacle(self._obstacle)
 
     def compute_experts(self, rows: Rows, *_: object) -> torch.Tensor:
         return rows.x_RD.new_zeros(rows.num_assignments, rows.x_RD.shape[1])
@@ -190,7 +191,7 @@ class ForwardOnly:
 def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[ForwardOnly], None]:
     def put(fastest: ForwardOnly) -> None:
         table = {Kernel.NATIVE: fastest, Kernel.TORCH: torch_loop, Kernel.REFERENCE: reference}
-        monkeypatch.setattr(api, "_IMPLEMENTATIONS", table)
+        monkeypatch.setattr(implementations, "_IMPLEMENTATIONS", table)
 
     return put
 

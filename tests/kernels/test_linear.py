@@ -78,11 +78,14 @@ def test_leading_dimensions_stay() -> None:
     assert torch.equal(y.view(6, 5), linear(x, weight))
 
 
-def test_rows_need_not_be_contiguous() -> None:
-    x, weight, _ = draw(6, 32, 5, "float32")
-    strided = torch.stack([x, x], dim=-1)[..., 0]
-    assert not strided.is_contiguous()
-    assert torch.equal(linear(strided, weight, kernel=Kernel.NATIVE), linear(x, weight, kernel=Kernel.NATIVE))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_and_bias_need_not_be_contiguous(dtype: torch.dtype) -> None:
+    x, weight, bias = (tensor.to(dtype) for tensor in draw(6, 32, 5, "float32") if isinstance(tensor, Tensor))
+    strided = [torch.stack([tensor, tensor + 1], dim=-1)[..., 0] for tensor in (x, bias)]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    assert torch.equal(
+        linear(strided[0], weight, strided[1], Kernel.NATIVE), linear(x, weight, bias, Kernel.NATIVE)
+    )
 
 
 def test_no_rows() -> None:

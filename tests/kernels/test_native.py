@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from expert_cases import FORMATS, FORMS, to_format
+from expert_cases import FORMATS, FORMS, MIXED, make_case, to_format
 
 from moesys.errors import KernelError, ShapeError
 from moesys.kernels import BankView, ExpertForm, Kernel, Rows, compute_experts, native
@@ -144,6 +144,16 @@ def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(form: str, weight_fo
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_slot_table_moves_experts_and_absent_ones_give_zeros(weight_format: str) -> None:
+    case = make_case(*MIXED, hidden=40, inner=33, bias=True).with_format(weight_format)
+    whole = compute_experts(case.rows, case.view, kernel=Kernel.NATIVE)
+    moved = case.with_slots([3, -1, 0, 2], 5)
+    expected = whole.clone()
+    expected[case.offsets[1] : case.offsets[2]] = 0
+    assert torch.equal(compute_experts(moved.rows, moved.view, kernel=Kernel.NATIVE), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     calls = [make_call(9, FORMS["swiglu"], weight_format) for weight_format in FORMATS]
@@ -166,9 +176,25 @@ def test_biases_need_not_be_contiguous() -> None:
     assert torch.equal(*(compute_experts(rows, each, kernel=Kernel.NATIVE) for each in (strided, packed)))
 
 
+def test_indices_need_not_be_contiguous() -> None:
+    rows, view = make_call(9, FORMS["swiglu"], "float32")
+    slots = torch.tensor([2, 0, 1])
+    packed = (torch.tensor([8, 3, 5, 0, 1, 2]), torch.tensor([0, 1, 3, 6]), slots)
+    strided = [torch.stack([index, index + 1], dim=1)[:, 0] for index in packed]
+    assert not any(index.is_contiguous() for index in strided)
+    results = [
+        compute_experts(
+            Rows(rows.x_RD, row_ids, offsets), replace(view, slot_of_expert=each), kernel=Kernel.NATIVE
+        )
+        for row_ids, offsets, each in (packed, strided)
+    ]
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize(
     ("row_ids", "offsets", "slots"),
     [
+        ([0, 1], [1, 1, 2, 2], [0, 1, 2]),
         ([0, 9], [0, 0, 2, 2], [0, 1, 2]),
         ([0, -1], [0, 0, 2, 2], [0, 1, 2]),
         ([0, 1], [0, 2, 1, 2], [0, 1, 2]),

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesys.models import AttentionConfig, Decoder, DecoderConfig, DenseConfig, initialize_weights
+from moesys.models import (
+    AttentionConfig,
+    Decoder,
+    DecoderConfig,
+    DenseConfig,
+    QKNorm,
+    RopeConfig,
+    initialize_weights,
+)
 from moesys.moe import MoEConfig
 
 VOCAB = 23
@@ -18,8 +26,15 @@ DENSE = DenseConfig(intermediate_size=10)
 def make_config(
     *, feed_forwards: tuple[MoEConfig | DenseConfig, ...] = (MOE, DENSE), tie: bool = True, **attention: Any
 ) -> DecoderConfig:
-    sizes: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True} | attention
-    return DecoderConfig(VOCAB, 12, AttentionConfig(**sizes), feed_forwards, tie_embeddings=tie)
+    sizes: dict[str, Any] = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "rope": RopeConfig(6),
+        "qk_norm": QKNorm.PER_HEAD,
+    }
+    mixers = (AttentionConfig(**(sizes | attention)),) * len(feed_forwards)
+    return DecoderConfig(VOCAB, 12, mixers, feed_forwards, tie_embeddings=tie)
 
 
 def make_model(config: DecoderConfig | None = None, *, dtype: torch.dtype = torch.float64) -> Decoder:

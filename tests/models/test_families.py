@@ -63,7 +63,7 @@ def test_tensors_are_views_that_cover_every_parameter_once(model_type: str) -> N
             ],
         ),
         (
-            make_config(qk_norm=False, qkv_bias=True, feed_forwards=(replace(MOE, normalize_top_k=False),)),
+            make_config(qk_norm=False, qkv_bias=True, feed_forwards=(replace(MOE, weighting=Normalization.NONE),)),
             [
                 "it always has qk_norm, the model has none (model.qk_norm = false)",
                 "its attention biases are all or none",
@@ -98,7 +98,7 @@ def test_a_model_that_no_layout_holds_hears_every_reason(
 
 def test_what_mixtral_cannot_hold_goes_to_qwen3() -> None:
     assert choose_family(make_config(feed_forwards=(MOE, MOE))).model_type == "qwen3_moe"
-    unnormalised = (replace(MOE, normalize_top_k=False),)
+    unnormalised = (replace(MOE, weighting=Normalization.NONE),)
     assert choose_family(make_config(feed_forwards=unnormalised)).model_type == "qwen3_moe"
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesys.moe import Capacity, DropBy, Execution, MoEConfig, MoELayer, Score
+from moesys.moe import Capacity, DropBy, Execution, MoEConfig, MoELayer, Normalization, Score
 
 HIDDEN, NUM_EXPERTS, LAYER = 8, 6, 7
 
 CONFIGS: dict[str, MoEConfig] = {
-    "switch": MoEConfig(NUM_EXPERTS, 1, 4, normalize_top_k=False),
+    "switch": MoEConfig(NUM_EXPERTS, 1, 4, weighting=Normalization.NONE),
     "top-3": MoEConfig(NUM_EXPERTS, 3, 4),
     "every expert": MoEConfig(NUM_EXPERTS, NUM_EXPERTS, 4),
     "deepseek": MoEConfig(

@@ -17,6 +17,7 @@ from moesys.moe import (
     ModuleBank,
     MoEConfig,
     MoELayer,
+    Normalization,
     ResidentSource,
     TopKRouter,
 )
@@ -100,7 +101,7 @@ def test_expert_forms_with_and_without_biases(form: ExpertForm, bias: bool) -> N
 )
 def test_residual_is_deepspeeds_formula(form: str, bias: bool) -> None:
     config = MoEConfig(
-        NUM_EXPERTS, 1, 4, normalize_top_k=False, is_residual=True, form=FORMS[form], expert_bias=bias
+        NUM_EXPERTS, 1, 4, weighting=Normalization.NONE, is_residual=True, form=FORMS[form], expert_bias=bias
     )
     layer = fill_biases(make_layer(config))
     residual = layer.residual

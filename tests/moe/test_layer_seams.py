@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from fake_seams import Delivery, DeliverySource, ExpertCutDispatcher, TokenCutDispatcher
 from layer_cases import CONFIGS, LAYER, assert_all_close, make_layer, make_x, run
+from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.moe import Dispatcher, Execution, ExpertBank, LocalDispatcher, MoEConfig, MoELayer
+from moesys.moe import (
+    Dispatcher,
+    Execution,
+    ExpertBank,
+    LocalDispatcher,
+    MoEConfig,
+    MoELayer,
+    Part,
+    ResidentSource,
+    Routing,
+)
 
 DELIVERIES = (
     Delivery([3, None, 1], delay=2),
@@ -82,6 +96,74 @@ def test_experts_without_rows_need_no_view() -> None:
     y, routing = layer(x)
     source = DeliverySource(get_bank(layer), [Delivery([None, int(routing.expert_ids[0])])])
     torch.testing.assert_close(layer(x, Execution(LocalDispatcher(), source))[0], y)
+
+
+class _Forgetful:
+    """Yields the first parts of another dispatcher, the last of them twice if asked."""
+
+    def __init__(self, dispatcher: Dispatcher, num_parts: int, *, repeats: bool = False) -> None:
+        self._dispatcher = dispatcher
+        self._num_parts = num_parts
+        self._repeats = repeats
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Iterator[Part]:
+        parts = list(self._dispatcher.dispatch(x_TD, routing))[: self._num_parts]
+        yield from [*parts, *parts[-1:]] if self._repeats else parts
+
+    def combine(self, y_RD: Tensor, handle: Any) -> Tensor:
+        return self._dispatcher.combine(y_RD, handle)
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "served"),
+    [
+        (_Forgetful(LocalDispatcher(), 0), "0 of 26"),
+        (_Forgetful(TokenCutDispatcher(5), 1), "10 of 26"),
+        (_Forgetful(LocalDispatcher(), 1, repeats=True), "52 of 26"),
+    ],
+    ids=["no part", "one of two", "a part twice"],
+)
+def test_assignments_that_no_part_or_two_parts_serve_are_an_error(
+    dispatcher: Dispatcher, served: str
+) -> None:
+    layer = make_layer(CONFIGS["deepseek"])
+    execution = Execution(dispatcher, ResidentSource({LAYER: layer.experts}))
+    with pytest.raises(ShapeError, match=f"not dropped once; for layer 7 they served {served}"):
+        layer(make_x(), execution)
+
+
+def test_dropped_assignments_need_no_part() -> None:
+    layer, x = make_layer(CONFIGS["capacity"]), make_x()
+    source = ResidentSource({LAYER: layer.experts})
+    num_dropped = layer(x)[1].count_dropped()
+    assert num_dropped > 0
+    with pytest.raises(ShapeError, match=f"served 0 of {26 - num_dropped}"):
+        layer(x, Execution(_Forgetful(LocalDispatcher(), 0), source))
+
+
+def test_no_tokens_and_no_parts() -> None:
+    layer = make_layer(CONFIGS["top-3"])
+    y, _ = layer(
+        make_x(0), Execution(_Forgetful(LocalDispatcher(), 0), ResidentSource({LAYER: layer.experts}))
+    )
+    assert y.shape == (0, 8)
+
+
+def test_a_part_says_whose_assignments_it_serves_and_not_only_how_many_rows_it_holds() -> None:
+    """As where rows of other ranks are computed here: more rows than this Routing has assignments."""
+
+    class Guests:
+        def dispatch(self, x_TD: Tensor, routing: Routing) -> Iterator[Part]:
+            (own,) = LocalDispatcher().dispatch(x_TD, routing)
+            yield own
+            yield replace(own, num_served=0, handle="elsewhere")
+
+        def combine(self, y_RD: Tensor, handle: Any) -> Tensor:
+            return y_RD if handle is None else torch.zeros_like(y_RD)
+
+    layer, x = make_layer(CONFIGS["top-3"]), make_x()
+    guests = Execution(Guests(), ResidentSource({LAYER: layer.experts}))
+    torch.testing.assert_close(layer(x, guests)[0], layer(x)[0])
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

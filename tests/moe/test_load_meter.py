@@ -39,6 +39,26 @@ def test_entropy_of_uneven_scores() -> None:
     assert meter.drain().entropy == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_tokens_with_bad_logits_spoil_no_mean_and_are_counted_as_sent(bad: float) -> None:
+    scores = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.2, 0.2]])
+    clean, mixed = LoadMeter(), LoadMeter()
+    clean.add({0: make_routing([[0], [0]], 3, scores_TE=scores)})
+    poisoned = torch.tensor([[bad, 0.0, 1.0], [0.1, bad, 0.0]]).softmax(-1)
+    mixed.add({0: make_routing([[0], [1]], 3, scores_TE=poisoned)})
+    mixed.add({0: make_routing([[0], [0], [2]], 3, scores_TE=torch.cat([scores, poisoned[:1]]))})
+    expected, found = clean.drain(), mixed.drain()
+    assert (found.entropy, found.confidence) == (expected.entropy, expected.confidence)
+    assert found.expert_tokens == [[3, 1, 1]]
+
+
+def test_a_layer_with_bad_logits_only_has_entropy_and_confidence_zero() -> None:
+    meter = LoadMeter()
+    meter.add({0: make_routing([[0]], 3, scores_TE=torch.full((1, 3), math.nan))})
+    load = meter.drain()
+    assert (load.entropy, load.confidence) == (0.0, 0.0)
+
+
 def test_drain_starts_anew() -> None:
     meter = LoadMeter()
     meter.add({0: make_routing([[0], [0]], 2, dropped=[True, False])})

@@ -14,6 +14,7 @@ from moesys.errors import ShapeError
 from moesys.moe import (
     Routing,
     compute_balance_loss,
+    compute_first_choice_balance_loss,
     compute_router_z_loss,
     compute_sequence_balance_loss,
 )
@@ -39,13 +40,47 @@ def test_balance_loss_equals_slow_loop() -> None:
     assert compute_balance_loss(route(make_logits())).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("choices", [CHOICES, [[0], [2, 1, 3], [2], [0, 2], [1]]], ids=["fixed", "ragged"])
+def test_first_choice_loss_equals_slow_loop(choices: list[list[int]]) -> None:
+    scores = make_logits().softmax(-1)
+    rows = scores.tolist()
+    expected = 0.0
+    for expert in range(4):
+        share = sum(experts[0] == expert for experts in choices) / len(choices)
+        expected += 4 * share * sum(row[expert] for row in rows) / len(rows)
+    fixed_k = 2 if choices is CHOICES else None
+    routing = make_routing(
+        choices, 4, fixed_k=fixed_k, scores_TE=scores, dropped=[True] * sum(map(len, choices))
+    )
+    assert compute_first_choice_balance_loss(routing).item() == pytest.approx(expected, rel=1e-12)
+    assert compute_balance_loss(routing).item() != pytest.approx(expected, rel=1e-3)
+
+
+def test_first_choice_loss_of_one_choice_is_the_balance_loss() -> None:
+    routing = make_routing([[e] for e, _ in CHOICES], 4, fixed_k=1, scores_TE=make_logits().softmax(-1))
+    assert torch.equal(compute_first_choice_balance_loss(routing), compute_balance_loss(routing))
+
+
+def test_first_choice_counts_of_several_ranks_give_the_loss_over_all_of_them() -> None:
+    whole = route(make_logits())
+    total = torch.zeros((), dtype=torch.float64)
+    for span in (slice(0, 2), slice(2, 5)):
+        part = make_routing(CHOICES[span], 4, fixed_k=2, scores_TE=make_logits()[span].softmax(-1))
+        loss = compute_first_choice_balance_loss(part, whole.compute_first_choice_counts())
+        total = total + len(CHOICES[span]) / len(CHOICES) * loss
+    torch.testing.assert_close(total, compute_first_choice_balance_loss(whole), rtol=1e-12, atol=0)
+
+
 def test_z_loss_equals_slow_loop() -> None:
     rows = make_logits().tolist()
     expected = sum(math.log(sum(map(math.exp, row))) ** 2 for row in rows) / len(rows)
     assert compute_router_z_loss(route(make_logits())).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", [compute_balance_loss, compute_router_z_loss])
+LOSSES = [compute_balance_loss, compute_first_choice_balance_loss, compute_router_z_loss]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck(loss: Callable[[Routing], Tensor]) -> None:
     assert torch.autograd.gradcheck(lambda logits: loss(route(logits)), make_logits().requires_grad_())
 
@@ -63,14 +98,19 @@ def test_dropped_assignments_still_count_as_chosen() -> None:
     assert torch.equal(compute_balance_loss(kept), compute_balance_loss(dropped))
 
 
-@pytest.mark.parametrize("loss", [compute_balance_loss, compute_router_z_loss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_no_tokens_give_zero(loss: Callable[[Routing], Tensor]) -> None:
     empty = torch.zeros(0, 4)
     assert loss(make_routing([], 4, logits_TE=empty, scores_TE=empty)).item() == 0
 
 
 @pytest.mark.parametrize(
-    ("loss", "name"), [(compute_balance_loss, "scores_TE"), (compute_router_z_loss, "logits_TE")]
+    ("loss", "name"),
+    [
+        (compute_balance_loss, "scores_TE"),
+        (compute_first_choice_balance_loss, "scores_TE"),
+        (compute_router_z_loss, "logits_TE"),
+    ],
 )
 def test_routing_without_statistics_is_an_error(loss: Callable[[Routing], Tensor], name: str) -> None:
     with pytest.raises(ShapeError, match=f"needs a Routing with {name}"):
@@ -119,7 +159,7 @@ def test_sequences_have_equal_length(num_sequences: int) -> None:
 
 
 def test_counts_of_a_larger_scope_give_the_loss_over_all_of_it() -> None:
-    """Two ranks or micro-batches of different size: with summed counts, the mean by tokens is the loss of one pass."""
+    """Two ranks of different size: with summed counts, the mean by tokens is the loss of one pass."""
     logits = make_logits().requires_grad_()
     whole = compute_balance_loss(route(logits))
     counts = route(logits).compute_expert_counts()

@@ -27,7 +27,7 @@ def route_slowly(router: TopKRouter, x_D: Tensor) -> list[tuple[int, float]]:
     exponentials = [math.exp(logit - max(logits)) for logit in logits]
     scores = [e / sum(exponentials) for e in exponentials]
     chosen = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))[: router.selection.k]
-    total = sum(scores[e] for e in chosen) if router.normalization is Normalization.AFTER else 1.0
+    total = sum(scores[e] for e in chosen) if router.weighting is Normalization.AFTER else 1.0
     return [(e, scores[e] / total) for e in chosen]
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_runs import start
 
 from moesys.config import load_config
 from moesys.errors import ConfigError
+from moesys.kernels import Activation, ExpertForm
 from moesys.models import DenseConfig
-from moesys.moe import BalanceScope, Capacity, DropBy, MoEConfig, MoELayer, Score, Threshold
+from moesys.moe import BalanceScope, Capacity, DropBy, MoEConfig, MoELayer, Normalization, Score, Threshold
 from moesys.training.build import (
     build_decoder_config,
     build_model,
     build_objective,
     compute_dtype,
+    require_trainable,
     resolve_dtype,
     select_device,
 )
@@ -66,7 +71,106 @@ def test_every_router_setting_arrives() -> None:
     deepspeed = load_config(None, ["model.capacity_factor=1.5"]).model
     (*_, moe) = build_decoder_config(deepspeed, vocab_size=301, max_positions=33).feed_forwards
     assert isinstance(moe, MoEConfig)
-    assert moe.capacity == Capacity.deepspeed(1.5, min_capacity=0)
+    assert moe.capacity == Capacity.deepspeed(1.5, min_capacity=4)
+
+
+def build_capacity(*settings: str) -> Capacity | None:
+    (*_, moe) = build_decoder_config(load_config(None, settings).model, 301, 33).feed_forwards
+    assert isinstance(moe, MoEConfig)
+    return moe.capacity
+
+
+def test_tutels_factors_of_zero_and_less_arrive() -> None:
+    tutel = "model.capacity_formula=tutel"
+    assert build_capacity(tutel, "model.capacity_factor=0") is None
+    need = Capacity.from_tutel_factor(-1.5, min_capacity=2, drop_by=DropBy.PROBABILITY)
+    assert need == build_capacity(
+        tutel, "model.capacity_factor=-1.5", "model.min_capacity=2", "model.drop_by=probability"
+    )
+    assert build_capacity(tutel, "model.capacity_factor=1.5") == Capacity.tutel(1.5)
+    assert build_capacity("model.capacity_factor=1.5", "model.min_capacity=0") == Capacity.deepspeed(
+        1.5, min_capacity=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "weighting"),
+    [("true", Normalization.AFTER), ("false", Normalization.NONE), ("before", Normalization.BEFORE)],
+)
+def test_the_normalisation_arrives(value: str, weighting: Normalization) -> None:
+    config = load_config(None, [f"model.normalize_top_k={value}"])
+    (*_, moe) = build_decoder_config(config.model, 301, 33).feed_forwards
+    assert isinstance(moe, MoEConfig)
+    assert moe.weighting is weighting
+
+
+def test_a_layer_too_small_to_drop_anything_has_no_limit() -> None:
+    config = load_config(None, ["model.num_experts=[0,2,2,16]", "model.capacity_factor=1.25"])
+    layers = build_decoder_config(config.model, 301, 33).feed_forwards
+    limits = [layer.capacity for layer in layers if isinstance(layer, MoEConfig)]
+    assert limits == [None, None, Capacity.deepspeed(1.25)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "form", "has_bias"),
+    [
+        ((), ExpertForm(), False),
+        (("model.expert_activation=gelu", "model.expert_bias=true"), ExpertForm(Activation.GELU), True),
+        (("model.expert_activation=relu",), ExpertForm(Activation.RELU), False),
+        (
+            ("model.expert_activation=clamped_swiglu", "model.expert_limit=5", "model.expert_alpha=1.5"),
+            ExpertForm(Activation.CLAMPED_SWIGLU, 5.0, 1.5),
+            False,
+        ),
+    ],
+)
+def test_the_form_of_the_experts_arrives(settings: tuple[str, ...], form: ExpertForm, has_bias: bool) -> None:
+    (*_, moe) = build_decoder_config(load_config(None, settings).model, 301, 33).feed_forwards
+    assert isinstance(moe, MoEConfig)
+    assert (moe.form, moe.expert_bias) == (form, has_bias)
+
+
+UNTRAINABLE = [
+    (["model.top_k=1"], r"^model\.top_k \(1\) with normalisation makes .* use model\.normalize_top_k=false"),
+    (["model.top_k=1", "model.normalize_top_k=before"], r"^model\.top_k \(1\) with normalisation"),
+    (["model.top_k=1", "model.num_experts=[0, 4]"], r"^model\.top_k \(1\) with normalisation"),
+    (["model.capacity_factor=9"], r"^model\.capacity_factor \(9\.0\) can never drop .* model\.top_k 2 an expert"),
+    (["model.router_min_score=0.2", "model.top_k=1", "model.normalize_top_k=false"],
+     r"^model\.router_min_score \(0\.2\) has no effect with model\.top_k \(1\)"),
+    (["model.router_min_score=1.5"], r"^model\.router_min_score \(1\.5\) must be between 0 and 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), UNTRAINABLE, ids=[" ".join(s) for s, _ in UNTRAINABLE])
+def test_what_a_layer_refuses_is_told_with_the_keys_that_a_user_set(
+    settings: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        require_trainable(load_config(None, settings))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.normalize_top_k=false"],
+        ["model.num_experts=1"],
+        ["model.num_experts=[1, 0]"],
+        ["model.top_k=2"],
+    ],
+    ids=str,
+)
+def test_one_expert_per_token_is_allowed_where_its_weight_is_not_fixed(more: list[str]) -> None:
+    """A layer of one expert has nothing to choose, so there is nothing that normalising would take away."""
+    require_trainable(load_config(None, ["model.top_k=1", *more]))
+
+
+def test_a_run_that_cannot_train_is_refused_before_its_data_is_prepared(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesys.training.trainer.prepare_data", pytest.fail)
+    with pytest.raises(ConfigError, match=r"model\.top_k \(1\)"):
+        start(corpus, tmp_path / "run", "model.top_k=1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_pyramid_with_a_threshold_router() -> None:

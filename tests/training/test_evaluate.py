@@ -112,9 +112,9 @@ def test_progress_counts_batches_and_no_gradient_is_kept(trained: Trainer) -> No
 
 
 def test_an_evaluation_is_not_counted_as_training(trained: Trainer) -> None:
-    trained._meter.drain()
     trained.evaluate()
-    assert trained._meter.drain().expert_tokens == []
+    (counts,) = trained.take_step().load.expert_tokens
+    assert sum(counts) == trained.tokens_per_step * trained.config.model.top_k
 
 
 def test_a_stride_that_leaves_gaps_is_refused(trained: Trainer, corpus: Path, tmp_path: Path) -> None:

@@ -126,6 +126,12 @@ def test_a_file_of_nothing_but_a_torn_line_becomes_empty(tmp_path: Path) -> None
     assert path.read_bytes() == b""
 
 
+def test_a_line_from_before_a_field_existed_has_its_default() -> None:
+    line = encode_record(TRAIN)
+    assert ', "skipped_steps": 0' in line
+    assert decode_record(line.replace(', "skipped_steps": 0', "")) == TRAIN
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -134,6 +140,7 @@ def test_a_file_of_nothing_but_a_torn_line_becomes_empty(tmp_path: Path) -> None
         ('{"kind": "picture"}', "'picture'.*train, evaluate, event"),
         ('{"kind": ["train"]}', "train, evaluate, event"),
         ('{"kind": "event", "step": 1, "elapsed_s": 0.0, "event": "a"}', r"missing fields \['message'\]"),
+        (encode_record(TRAIN).replace('"dropped": 0, ', ""), r"missing fields \['dropped'\]"),
         (encode_record(EVENT)[:-1] + ', "more": 1}', r"unknown fields \['more'\]"),
         (encode_record(EVENT).replace("30", "true", 1), "step must be an integer, not True"),
         (encode_record(EVENT).replace("9.0", '"nine"'), "elapsed_s must be a number, not 'nine'"),

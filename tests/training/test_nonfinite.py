@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny_runs import start
 from torch import nn
 
 from moesys.errors import NonFiniteError
+from moesys.moe import Routing
 from moesys.training import Trainer
 from moesys.training.diagnose import find_first_nonfinite
 from moesys.training.metrics import read_metrics
@@ -125,6 +127,35 @@ def test_the_first_bad_activation_is_named(corpus: Path, tmp_path: Path, module:
         )
     )
     assert find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer._training_step) == place
+
+
+@pytest.mark.parametrize("more", [(), ("memory.activation_checkpointing=true",), ("training.dtype=bf16",)])
+def test_router_logits_are_named_with_layer_and_tokens(
+    corpus: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    trainer = start(corpus, tmp_path / "run", "training.max_skipped_steps=1", *more)
+
+    def overflow(module: nn.Module, inputs: object, routing: Routing) -> Routing:
+        assert routing.logits_TE is not None
+        is_bad_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool)
+        is_bad_TE[[3, 5, 9], 1] = True
+        logits_TE = routing.logits_TE.masked_fill(is_bad_TE, float("nan"))
+        return replace(routing, logits_TE=logits_TE, weights=routing.weights * float("nan"))
+
+    trainer.model.get_submodule("blocks.0.feed_forward.router").register_forward_hook(overflow)
+    with pytest.raises(
+        NonFiniteError,
+        match="it began in layer 0: router logits are NaN or Inf for 3 of 64 tokens; look for NaN",
+    ):
+        trainer.train()
+
+
+def test_a_router_that_got_nan_is_not_where_it_began(corpus: Path, tmp_path: Path) -> None:
+    trainer = start(corpus, tmp_path / "run")
+    norm = trainer.model.get_submodule("blocks.0.input_norm")
+    norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    found = find_first_nonfinite(trainer.model, trainer._load_batches(0), trainer._training_step)
+    assert found == "layer 0, input_norm"
 
 
 def test_logits_that_overflow_are_the_heads_fault(corpus: Path, tmp_path: Path) -> None:

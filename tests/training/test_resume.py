@@ -7,6 +7,7 @@ import io
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from tiny_runs import SETTINGS, STEPS, resume, start
 from moesys.checkpoint import FileSystem, load_newest_checkpoint
 from moesys.config import load_config
 from moesys.errors import CheckpointError, ConfigError, DataError, DiskSpaceError, NonFiniteError
+from moesys.kernels.native.cpu_level import find_cpu_level
+from moesys.kernels.products import prefers_native
 from moesys.training import PlainConsole, Trainer
+from moesys.training.compatibility import Backend, require_same_config
 from moesys.training.metrics import read_metrics
 from moesys.training.step import StepResult
 
@@ -263,3 +267,85 @@ def test_a_resumed_metrics_file_has_each_step_once(corpus: Path, tmp_path: Path)
     assert [(event.event, event.step) for event in metrics.events] == [
         ("checkpoint", 4), ("resumed", 4), ("checkpoint", 8), ("checkpoint", 9)
     ]  # fmt: skip
+
+
+SAVED = {"threads": 2, "products": "torch", "cpu_level": "avx2"}
+
+
+def resume_as(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: dict[str, Any], now: Backend
+) -> str:
+    """Saves a run whose checkpoint tells of ``saved`` alone, resumes it on ``now`` and returns what was printed."""
+    trainer = start(corpus, tmp_path / "run")
+    trainer.take_step()
+    with monkeypatch.context() as patched:
+        patched.setattr(Backend, "to_metadata", lambda backend: saved)
+        trainer.save()
+    output = io.StringIO()
+    monkeypatch.setattr(Backend, "find", lambda device: now)
+    resumed = Trainer.resume(tmp_path / "run", PlainConsole(STEPS, output))
+    assert resumed.step == 1
+    return output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (Backend(3, "torch", "avx2"), "saved with 2 threads and goes on with 3 threads: sums may differ"),
+        (Backend(2, "native", "avx2"), "saved with torch products and goes on with native products: sums"),
+        (Backend(2, "torch", "avx512"), "saved with CPU level avx2 and goes on with CPU level avx512: sums"),
+        (
+            Backend(1, "native", "baseline"),
+            "saved with 2 threads, torch products, CPU level avx2 and goes on with 1 threads, native products, CPU "
+            "level baseline: sums",
+        ),
+    ],
+    ids=["threads", "products", "cpu-level", "all"],
+)
+def test_another_backend_is_told_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: Backend, told: str
+) -> None:
+    output = resume_as(corpus, tmp_path, monkeypatch, SAVED, now)
+    assert output.count("WARNING: the run was ") == 1
+    assert told in output
+
+
+def test_the_same_backend_is_not_told(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "WARNING" not in resume_as(corpus, tmp_path, monkeypatch, SAVED, Backend(2, "torch", "avx2"))
+
+
+def test_a_checkpoint_that_names_only_its_threads_stays_readable(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = resume_as(corpus, tmp_path, monkeypatch, {"threads": 2}, Backend(2, "native", "avx512"))
+    assert "WARNING" not in output
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("torch", "torch"), ("reference", "torch")])
+def test_a_checkpoint_says_what_computed_it(corpus: Path, tmp_path: Path, kernel: str, products: str) -> None:
+    trainer = start(corpus, tmp_path / "run", f"runtime.kernel={kernel}")
+    trainer.take_step()
+    trainer.save()
+    metadata = load_newest_checkpoint(tmp_path / "run" / "checkpoints", on_damage=pytest.fail).metadata
+    assert metadata["products"] == products
+    assert metadata["cpu_level"] == find_cpu_level().name
+    assert metadata["threads"] == torch.get_num_threads()
+
+
+def test_auto_says_native_where_native_products_train(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MOESYS_KERNEL", raising=False)
+    trainer = start(corpus, tmp_path / "run")
+    expected = "native" if prefers_native(torch.empty(0)) else "torch"
+    assert trainer._find_backend().products == expected
+
+
+def test_a_config_from_before_a_key_existed_has_its_default() -> None:
+    config = load_config(None, SETTINGS)
+    saved = config.model_dump(mode="json")
+    for key in ("expert_activation", "expert_bias", "expert_limit", "expert_alpha"):
+        del saved["model"][key]
+    require_same_config(saved, config)
+    with pytest.raises(CheckpointError, match=r"model\.expert_bias: checkpoint (F|f)alse, now (T|t)rue"):
+        require_same_config(saved, load_config(None, [*SETTINGS, "model.expert_bias=true"]))

@@ -53,10 +53,9 @@ class Bench:
     ) -> None:
         self.model = build_model(config, vocab_size=300)
         self.optimizer = MasterAdamW(self.model, config.training, torch.float32)
-        self.meter = LoadMeter()
         self.gradients: dict[str, Tensor] = {}
         execution = self.model.make_resident_execution(recompute=recompute)
-        self.step = TrainingStep(self.model, self.optimizer, execution, objective, clip, self.meter)
+        self.step = TrainingStep(self.model, self.optimizer, execution, objective, clip, LoadMeter())
 
     def run(self, batches: list[Batch]) -> StepResult:
         take = self.optimizer.step
@@ -149,8 +148,7 @@ def read_bias(bench: Bench) -> Tensor:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_balance_bias_moves_once_per_step_by_the_choices_of_all_micro_batches(recompute: bool) -> None:
     bench = Bench(Objective(0.0, 0.0, 64), recompute=recompute, config=BIASED)
-    bench.run(cut(make_batch(), 2))
-    (counts,) = bench.meter.drain().expert_tokens
+    (counts,) = bench.run(cut(make_batch(), 2)).load.expert_tokens
     load = torch.tensor(counts, dtype=torch.float32)
     assert read_bias(bench).tolist() == (0.125 * torch.sign(load.mean() - load)).tolist()
 
@@ -166,9 +164,7 @@ def test_a_skipped_step_moves_no_balance_bias() -> None:
     assert not read_bias(bench).any()
     with torch.no_grad():
         bench.model.embedding.weight[token] = 0.0
-    bench.meter.drain()
-    bench.run([batch])
-    (counts,) = bench.meter.drain().expert_tokens
+    (counts,) = bench.run([batch]).load.expert_tokens
     load = torch.tensor(counts, dtype=torch.float32)
     assert read_bias(bench).tolist() == (0.125 * torch.sign(load.mean() - load)).tolist()
 
@@ -176,8 +172,7 @@ def test_a_skipped_step_moves_no_balance_bias() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_each_choice_is_counted_once(recompute: bool) -> None:
     bench = Bench(Objective(0.01, 0.01, 64), recompute=recompute)
-    bench.run(cut(make_batch(), 2))
-    load = bench.meter.drain()
+    load = bench.run(cut(make_batch(), 2)).load
     assert load.layer_ids == [0]
     assert [sum(counts) for counts in load.expert_tokens] == [8 * 16 * 2]
 

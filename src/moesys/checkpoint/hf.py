@@ -21,7 +21,8 @@ from torch import Tensor
 from moesys.checkpoint.files import DEFAULT, FileSystem, WrittenFile
 from moesys.checkpoint.safetensors_file import write_safetensors
 from moesys.errors import ModelFormatError, MoesysError
-from moesys.models import FAMILIES, Decoder, DecoderConfig, Family, choose_family
+from moesys.models import FAMILIES, Decoder, DecoderConfig, Family, StoredTensor, choose_family
+from moesys.moe import Router
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -55,11 +56,12 @@ def load_model(
     _materialise(model, dtype or _read_dtype(keys))
     with ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
-        views = list(family.iterate_tensors(model))
-        _check_names(folder, tensors, {name for name, _ in views}, is_tied=config.tie_embeddings)
-        for done, (name, view) in enumerate(views):
-            _copy_tensor(name, tensors[name], view)
-            on_progress(done + 1, len(views))
+        wanted = family.list_tensors(model, tensors.keys())
+        found = {name for name in tensors if not family.layout.ignores(name, config.num_layers)}
+        _check_names(folder, found, {stored.name for stored in wanted}, is_tied=config.tie_embeddings)
+        for done, stored in enumerate(wanted):
+            _copy_tensor(stored, tensors[stored.name])
+            on_progress(done + 1, len(wanted))
     return model.eval().requires_grad_(False)
 
 
@@ -76,7 +78,7 @@ def save_model(
     holds the model.
     """
     family = choose_family(model.config)
-    shards = _plan_shards(list(family.iterate_tensors(model)), dtype)
+    shards = _plan_shards([(s.name, s.view) for s in family.list_tensors(model)], dtype)
     names = [SINGLE_NAME] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
     ]  # fmt: skip
@@ -115,9 +117,9 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 def find_family(keys: Mapping[str, Any]) -> Family:
     """Returns the family of a ``config.json``; raises `ModelFormatError` listing those that are supported."""
     model_type = str(keys.get("model_type", ""))
-    supported = [family.model_type for family in FAMILIES]
+    supported = {name: family for family in FAMILIES for name in family.model_types}
     if model_type in supported:
-        return FAMILIES[supported.index(model_type)]
+        return supported[model_type]
     nearest = difflib.get_close_matches(model_type, supported, n=1)
     hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
     raise ModelFormatError(
@@ -150,12 +152,14 @@ def _materialise(model: Decoder, dtype: torch.dtype) -> None:
     """Allocates every parameter once, in its final dtype."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kept = torch.float32 if name == "weight_ED" else dtype
+            kept = torch.float32 if isinstance(module, Router) else dtype
             setattr(
                 module,
                 name,
                 torch.nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False),
             )
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -192,9 +196,9 @@ def _read_index(path: Path) -> list[str]:
     return names
 
 
-def _check_names(folder: Path, tensors: Mapping[str, Any], expected: set[str], *, is_tied: bool) -> None:
-    missing = sorted(expected - tensors.keys())
-    surplus = sorted(tensors.keys() - expected - ({"lm_head.weight"} if is_tied else set()))
+def _check_names(folder: Path, found: set[str], expected: set[str], *, is_tied: bool) -> None:
+    missing = sorted(expected - found)
+    surplus = sorted(found - expected - ({"lm_head.weight"} if is_tied else set()))
     if missing or surplus:
         raise ModelFormatError(
             f"the tensors in {folder} do not fit its config.json: "
@@ -202,15 +206,13 @@ def _check_names(folder: Path, tensors: Mapping[str, Any], expected: set[str], *
         )
 
 
-def _copy_tensor(name: str, handle: Any, view: Tensor) -> None:
-    source: Tensor = handle.get_tensor(name)
-    if source.shape != view.shape:
-        raise ModelFormatError(
-            f"{name} has shape {tuple(source.shape)}, config.json asks for {tuple(view.shape)}"
-        )
+def _copy_tensor(stored: StoredTensor, handle: Any) -> None:
+    source: Tensor = handle.get_tensor(stored.name)
     if not source.is_floating_point():
-        raise ModelFormatError(f"{name} is stored as {source.dtype}; quantised weights are not supported")
-    view.copy_(source)
+        raise ModelFormatError(
+            f"{stored.name} is stored as {source.dtype}; quantised weights are not supported"
+        )
+    stored.fill(source)
 
 
 def _plan_shards(tensors: list[tuple[str, Tensor]], dtype: torch.dtype) -> list[dict[str, Tensor]]:

@@ -28,18 +28,16 @@ from typing import Any, TypeAlias
 import torch
 
 from moesys.checkpoint.files import DEFAULT, FileSystem, HashedReader, WrittenFile, explain_read_errors
+from moesys.checkpoint.json_object import parse_natural, parse_object
 from moesys.checkpoint.safetensors_file import (
     EVERYTHING,
     Selection,
-    TensorRecord,
-    parse_natural,
-    parse_object,
-    parse_record,
     read_safetensors,
     record_tensor,
     verify_safetensors,
     write_safetensors,
 )
+from moesys.checkpoint.safetensors_header import TensorRecord, parse_record
 from moesys.errors import CheckpointError, DamagedCheckpointError, DiskSpaceError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"

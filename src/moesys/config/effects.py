@@ -30,6 +30,14 @@ def _has_no_capacity(config: Config) -> bool:
     return _has_no_experts(config) or config.model.capacity_factor is None
 
 
+def _drops_nothing(config: Config) -> bool:
+    return _has_no_experts(config) or not config.model.capacity_factor
+
+
+def _clamps_nothing(config: Config) -> bool:
+    return _has_no_experts(config) or config.model.expert_activation != "clamped_swiglu"
+
+
 def _has_no_dense_layers(config: Config) -> bool:
     return all(config.model.experts_per_layer)
 
@@ -45,10 +53,16 @@ def _has_plain_text(config: Config) -> bool:
 
 _NO_EXPERTS = "model.num_experts makes every layer dense; give some layers experts or drop the key"
 _NO_CAPACITY = "nothing is dropped without model.capacity_factor; set it or drop the key"
+_NO_DROPS = "nothing is dropped without a model.capacity_factor other than 0; set one or drop the key"
+_NO_CLAMP = "it belongs to model.expert_activation=clamped_swiglu; choose that or drop the key"
 
 RULES: tuple[Rule, ...] = (
     Rule("model.top_k", _has_no_experts, _NO_EXPERTS),
     Rule("model.expert_intermediate_size", _has_no_experts, _NO_EXPERTS),
+    Rule("model.expert_activation", _has_no_experts, _NO_EXPERTS),
+    Rule("model.expert_limit", _clamps_nothing, _NO_CLAMP),
+    Rule("model.expert_alpha", _clamps_nothing, _NO_CLAMP),
+    Rule("model.expert_bias", _has_no_experts, _NO_EXPERTS),
     Rule("model.shared_expert_intermediate_size", _has_no_experts, _NO_EXPERTS),
     Rule("model.normalize_top_k", _has_no_experts, _NO_EXPERTS),
     Rule("model.top_k_scale", _has_no_experts, _NO_EXPERTS),
@@ -63,8 +77,8 @@ RULES: tuple[Rule, ...] = (
     Rule("model.balance_bias_rate", _has_no_experts, _NO_EXPERTS),
     Rule("model.capacity_factor", _has_no_experts, _NO_EXPERTS),
     Rule("model.capacity_formula", _has_no_capacity, _NO_CAPACITY),
-    Rule("model.min_capacity", _has_no_capacity, _NO_CAPACITY),
-    Rule("model.drop_by", _has_no_capacity, _NO_CAPACITY),
+    Rule("model.min_capacity", _drops_nothing, _NO_DROPS),
+    Rule("model.drop_by", _drops_nothing, _NO_DROPS),
     Rule(
         "model.shared_expert_gate",
         lambda c: _has_no_experts(c) or not c.model.shared_expert_intermediate_size,
@@ -78,7 +92,6 @@ RULES: tuple[Rule, ...] = (
         "there is no balance loss; set training.balance_loss, or drop the key",
     ),
     Rule("training.router_z_loss", _has_no_experts, _NO_EXPERTS),
-    Rule("runtime.kernel", _has_no_experts, _NO_EXPERTS),
     Rule(
         "model.intermediate_size",
         _has_no_dense_layers,

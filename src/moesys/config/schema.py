@@ -43,11 +43,22 @@ class ModelConfig(Section):
     top_k: PositiveInt = 2
     """Experts that compute each token."""
     expert_intermediate_size: PositiveInt = 512
-    """Inner width of one SwiGLU expert."""
+    """Inner width of one expert."""
+    expert_activation: Literal["swiglu", "clamped_swiglu", "gelu", "relu"] = "swiglu"
+    """What an expert does between its two products: ``swiglu`` and ``clamped_swiglu`` (gpt-oss) have a gate, ``gelu``
+    (exact) and ``relu`` have none."""
+    expert_limit: Annotated[float, Field(gt=0)] = 7.0
+    """Where ``clamped_swiglu`` clamps: the gate from above, the other half from both sides."""
+    expert_alpha: Annotated[float, Field(gt=0)] = 1.702
+    """Factor of the gate inside the sigmoid of ``clamped_swiglu``."""
+    expert_bias: bool = False
+    """Whether both products of an expert have biases."""
     shared_expert_intermediate_size: Annotated[int, Field(ge=0)] = 0
     """Inner width of an expert that every token passes; 0 means none."""
-    normalize_top_k: bool = True
-    """Whether the weights of a token's chosen experts are scaled to sum to one; must be false where top_k is 1."""
+    normalize_top_k: bool | Literal["before"] = True
+    """Whether the weights of a token's chosen experts are scaled to sum to one; must be false where top_k is 1.
+    ``before`` takes the softmax of the chosen experts' logits instead of dividing their scores by the sum (gpt-oss);
+    with softmax scores that gives the same numbers as true."""
     top_k_scale: Annotated[float, Field(gt=0)] = 1.0
     """Multiplies the weights of a token's chosen experts (DeepSeek's routed scaling factor)."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
@@ -62,14 +73,16 @@ class ModelConfig(Section):
     balance_bias_rate: Annotated[float, Field(ge=0)] = 0.0
     """Step by which a bias per expert, which enters the choice and not the weights, moves against the load after each
     optimizer step (loss-free balance); DeepSeek-V3 uses 0.001. 0 means no bias."""
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    capacity_factor: float | None = None
     """Most assignments of an expert in a forward pass, as a multiple of its even share; what exceeds it is dropped and
-    counted. Default: nothing is dropped."""
+    counted. Of 0 or less as Tutel means it: 0 drops nothing, -f is the largest need, at most what f gives. Default:
+    nothing is dropped."""
     capacity_formula: Literal["deepspeed", "tutel"] = "deepspeed"
     """Whose rounding and weights: ``deepspeed`` is ceil(tokens / experts * factor * top_k), survivors' weights are
     normalised again; ``tutel`` is top_k * int(factor * ceil(tokens / experts)), survivors' weights stay."""
-    min_capacity: Annotated[int, Field(ge=0)] = 0
-    """Assignments that an expert takes at least, whatever the factor."""
+    min_capacity: Annotated[int, Field(ge=0)] | None = None
+    """Assignments that an expert takes at least, whatever the factor. Default: the formula's own, 4 for DeepSpeed's and
+    0 for Tutel's."""
     drop_by: Literal["position", "probability", "confidence"] = "position"
     """What an expert over capacity keeps: earlier choices and tokens, its highest scores, or the surest tokens."""
     shared_expert_gate: bool = False
@@ -122,13 +135,9 @@ class ModelConfig(Section):
                 f"top_k ({self.top_k}) must not exceed num_experts ({smallest}); "
                 f"set model.top_k to at most {smallest} or model.num_experts to at least {self.top_k}"
             )
-        if self.top_k == 1 and self.normalize_top_k and max(pattern) > 1:
-            raise ValueError(
-                "top_k (1) with normalize_top_k (true) makes the weight of every chosen expert the constant 1, so the "
-                "router would learn nothing from the task loss; set model.normalize_top_k=false, or model.top_k to at "
-                "least 2"
-            )
         self._check_groups()
+        self._check_capacity()
+        self._check_residual_expert()
         if self.router_min_score is not None and (self.expert_groups > 1 or self.capacity_factor is not None):
             raise ValueError(
                 f"router_min_score ({self.router_min_score}) gives tokens different numbers of experts, for which "
@@ -155,6 +164,26 @@ class ModelConfig(Section):
                     f"top_k ({self.top_k}) must not exceed the {reachable} experts of {self.top_k_groups} of "
                     f"{self.expert_groups} groups; lower top_k or raise top_k_groups"
                 )
+
+    def _check_capacity(self) -> None:
+        if self.capacity_factor is None or self.capacity_factor > 0:
+            return
+        if self.capacity_formula != "tutel":
+            raise ValueError(
+                f"capacity_factor ({self.capacity_factor}) of 0 or less has a meaning in Tutel's formula only; set "
+                "model.capacity_formula=tutel, or a factor above 0"
+            )
+
+    def _check_residual_expert(self) -> None:
+        has_dense_form = self.expert_activation in ("gelu", "relu") or (
+            self.expert_activation == "swiglu" and not self.expert_bias
+        )
+        if self.residual_expert and not has_dense_form:
+            raise ValueError(
+                f"residual_expert (true) needs a dense layer of the experts' form, and there is none for "
+                f"expert_activation ({self.expert_activation}) with expert_bias ({str(self.expert_bias).lower()}); use "
+                "gelu or relu, or swiglu without biases"
+            )
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
@@ -301,9 +330,18 @@ class RuntimeConfig(Section):
     threads: PositiveInt | None = None
     """Threads for CPU arithmetic. Default: torch's own choice."""
     kernel: Literal["auto", "reference", "torch", "native"] = "auto"
-    """Implementation of the expert kernels; a name that cannot run here is an error."""
+    """Implementation of every operator that has several; ``native`` computes no gradients and is for running models."""
     tensorboard: bool = False
     """Whether metrics are also written for TensorBoard (extra ``train``)."""
+
+    @model_validator(mode="after")
+    def _check_kernel(self) -> RuntimeConfig:
+        if self.kernel == "native":
+            raise ValueError(
+                "kernel (native) computes no gradients, so nothing can be trained with it; use auto, which takes the "
+                "fastest that has gradients, or torch or reference"
+            )
+        return self
 
 
 class Config(Section):

@@ -1,6 +1,9 @@
 """From text to batches: corpora, the tokenizer, packed token files, resumable loaders, held-out windows."""
 
 from moesys.data.batch import IGNORED_TARGET, Batch
+from moesys.data.chat_template import ChatTemplate, ChatTemplates
+from moesys.data.content_guard import ContentGuard
+from moesys.data.conversation import Conversation
 from moesys.data.corpus import Document, load_documents, split_heldout
 from moesys.data.heldout import HeldoutSet, heldout_windows
 from moesys.data.loader import SequenceLoader
@@ -12,6 +15,10 @@ from moesys.data.tokenizer_config import TokenizerConfig
 __all__ = [
     "IGNORED_TARGET",
     "Batch",
+    "ChatTemplate",
+    "ChatTemplates",
+    "ContentGuard",
+    "Conversation",
     "Document",
     "HeldoutSet",
     "PackedTokens",

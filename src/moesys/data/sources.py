@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from moesys.errors import DataError, MissingExtraError
 
@@ -41,17 +42,24 @@ def read_jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
         if not line.strip():
             continue
         place = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{place}: the line is not JSON ({error.msg} at column {error.colno}); "
-                "a JSONL file holds one JSON object per line; use data.format=text to read it as plain text"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(f"{place}: expected a JSON object, got {type(record).__name__}")
-        text = _require_text(record, text_field, place)
+        text = _require_text(parse_json_line(line, place), text_field, place)
         yield Document(f"{name}:{number}", text)
+
+
+def parse_json_line(line: str, place: str) -> dict[str, Any]:
+    """Returns the object of a line of JSONL; raises `DataError` that names the place."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place}: the line is not JSON ({error.msg} at column {error.colno}); "
+            "a JSONL file holds one JSON object per line; use data.format=text to read it as plain text"
+        ) from error
+    except RecursionError:
+        raise DataError(f"{place}: the line's JSON is nested too deeply to be read; remove it") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: expected a JSON object, got {type(record).__name__}")
+    return record
 
 
 def read_parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moesys.data.tokenizer_config import TOKENIZER_CONFIG_FILE, TokenizerConfig
+from moesys.data.tokenizer_config import TokenizerConfig
+from moesys.data.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    read_tokenizer_files,
+    write_tokenizer_files,
+)
 from moesys.errors import DataError
 
-_TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 # The end-of-text names of the model families that moesys reads, for a tokenizer.json that comes alone.
 _KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -32,11 +38,21 @@ _SPLIT_PATTERN = (
 )
 
 
+class TokenPlace(NamedTuple):
+    """A token and where its text begins and ends, in characters."""
+
+    token_id: int
+    start: int
+    end: int
+
+
 class Tokenizer:
     """A ``tokenizers.Tokenizer`` that never reads special tokens out of text and never adds any."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, end_of_text: str) -> None:
-        """Wraps `inner`, which must hold the token `end_of_text`."""
+    def __init__(
+        self, inner: tokenizers.Tokenizer, end_of_text: str, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Wraps `inner`, which must hold the token `end_of_text`. files: those it was read from, by name."""
         end_of_text_id = inner.token_to_id(end_of_text)
         if end_of_text_id is None:
             raise DataError(f"the tokenizer has no token '{end_of_text}'; name one that is in its vocabulary")
@@ -45,6 +61,7 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self._end_of_text = end_of_text
+        self._files = dict(files or {})
         self.end_of_text_id: int = end_of_text_id
         """Starts every document; the target of the last token of the document before."""
 
@@ -56,29 +73,32 @@ class Tokenizer:
         Raises:
             DataError: there is no such file, it cannot be parsed, or it has no end-of-text token.
         """
-        file = path / _TOKENIZER_FILE if path.is_dir() else path
+        file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             raise DataError(
                 f"{file}: there is no such file; set data.tokenizer to a tokenizer.json or its folder, "
                 "or leave it out to train a tokenizer on the corpus"
             )
+        files = read_tokenizer_files(file.parent) | {TOKENIZER_FILE: file.read_bytes()}
         try:
-            inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            inner = tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE].decode())
         except Exception as error:  # the Rust side raises plain Exception
             raise DataError(f"{file}: not a tokenizer.json that 'tokenizers' can read ({error})") from error
-        declared = TokenizerConfig.load(file.parent).eos_token
+        declared = TokenizerConfig.parse(files, str(file.parent)).eos_token
         candidates = (declared,) if declared else _KNOWN_END_OF_TEXT
         for candidate in candidates:
             if inner.token_to_id(candidate) is not None:
-                return cls(inner, candidate)
+                return cls(inner, candidate, files)
         raise DataError(
             f"{file}: no end-of-text token was found (looked for {', '.join(candidates)}); "
             "name one of its tokens as eos_token in a tokenizer_config.json beside it"
         )
 
-    def render_files(self) -> dict[str, str]:
-        """Returns the text of ``tokenizer.json`` and ``tokenizer_config.json``, from which transformers and `load` make
-        this tokenizer again."""
+    def render_files(self) -> dict[str, bytes]:
+        """Returns the files, by name, from which transformers and `load` make this tokenizer again.
+
+        What it was read from is returned as it was, chat templates included.
+        """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._end_of_text,
@@ -86,15 +106,19 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         return {
-            _TOKENIZER_FILE: self._inner.to_str(pretty=True),
-            TOKENIZER_CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+            TOKENIZER_FILE: self._inner.to_str(pretty=True).encode(),
+            TOKENIZER_CONFIG_FILE: f"{json.dumps(config, indent=2)}\n".encode(),
+            **self._files,
         }
 
     def save(self, folder: Path) -> None:
         """Writes the files into a folder, not synced; a folder or a file that is missing is made."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in self.render_files().items():
-            (folder / name).write_text(text, encoding="utf-8")
+        write_tokenizer_files(self.render_files(), folder)
+
+    def with_chat_template(self, template: str) -> Self:
+        """Returns the same tokenizer with another chat template, which its files then hold."""
+        files = self._files | {CHAT_TEMPLATE_FILE: template.encode()}
+        return type(self)(self._inner, self._end_of_text, files)
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of the text, without any special token."""
@@ -103,11 +127,19 @@ class Tokenizer:
     def encode_with_special_tokens(self, text: str) -> list[int]:
         """Returns the token ids of trusted text, such as a rendered chat template, in which the names of special
         tokens stand for those tokens."""
+        return [place.token_id for place in self.encode_with_places(text)]
+
+    def encode_with_places(self, text: str) -> list[TokenPlace]:
+        """Returns the tokens of `encode_with_special_tokens`, each with the part of the text that it stands for."""
         self._inner.encode_special_tokens = False
         try:
-            return self.encode(text)
+            encoding = self._inner.encode(text, add_special_tokens=False)
         finally:
             self._inner.encode_special_tokens = True
+        return [
+            TokenPlace(token_id, start, end)
+            for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text, using all cores."""

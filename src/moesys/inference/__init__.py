@@ -1,6 +1,7 @@
 """The one engine: steps over sequences with a KV cache, sampling, and text around it."""
 
-from moesys.inference.chat import ChatFormat, ChatSession
+from moesys.inference.chat import ChatSession
+from moesys.inference.chat_format import ChatFormat
 from moesys.inference.engine import Engine, SequenceStep
 from moesys.inference.generate import Generation, GenerationStats, Stop, generate
 from moesys.inference.sampling import SamplingParams

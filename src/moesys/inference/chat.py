@@ -1,107 +1,15 @@
-"""Conversations: as prompts through a model's own chat template, run in a sandbox, or a plain transcript; and as a
-session that answers line by line."""
+"""A conversation with a model: a session that answers line by line and remembers the turns."""
 
 from __future__ import annotations
 
-import re
-import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterator
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from moesys.data import Tokenizer, TokenizerConfig
-from moesys.errors import GenerationError, ModelFormatError
+from moesys.data import Tokenizer
+from moesys.errors import GenerationError
+from moesys.inference.chat_format import ChatFormat, Message
 from moesys.inference.engine import Engine
 from moesys.inference.generate import DEFAULT_NEW_TOKENS, Generation, Stop
 from moesys.inference.sampling import SamplingParams
-
-_MAX_TEMPLATE_CHARS = 65536
-_TEMPLATE_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a conversation becomes a prompt.
-
-    A template cannot reach Python objects or files; a hostile one can still waste time and memory.
-
-    template:      a Jinja2 chat template; None writes a transcript of ``User:`` and ``Assistant:`` turns.
-    stop_strings:  what ends the assistant's turn beside the end-of-text token.
-    special_tokens: ``bos_token`` and ``eos_token`` as templates expect them.
-    """
-
-    template: str | None
-    stop_strings: tuple[str, ...]
-    special_tokens: dict[str, str]
-
-    @classmethod
-    def load(cls, folder: Path) -> ChatFormat:
-        """Reads a model folder's chat template; without one the transcript format is returned.
-
-        Raises `ModelFormatError` for a template that is none, and `DataError` for a ``tokenizer_config.json`` that
-        cannot be read.
-        """
-        declared = TokenizerConfig.load(folder)
-        standalone = folder / "chat_template.jinja"
-        template = _read_text(standalone) if standalone.exists() else declared.chat_template
-        if template is not None and (not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARS):
-            raise ModelFormatError(
-                f"the chat template of {folder} must be one text of at most {_MAX_TEMPLATE_CHARS} characters"
-            )
-        tokens = {"bos_token": declared.bos_token, "eos_token": declared.eos_token}
-        stop = () if template is not None else ("\nUser:",)
-        return cls(template, stop, {name: token for name, token in tokens.items() if token is not None})
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """Returns the prompt that asks for the assistant's next turn. Raises `ModelFormatError`."""
-        if self.template is None:
-            turns = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
-            return f"{turns}Assistant:"
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        try:
-            return environment.from_string(self.template).render(
-                messages=[m._asdict() for m in messages],
-                add_generation_prompt=True,
-                raise_exception=_raise,
-                **self.special_tokens,
-            )
-        except _TEMPLATE_FAILURES as error:
-            raise ModelFormatError(f"the chat template cannot render this conversation: {error}") from None
-
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-        """Returns the prompt's tokens. Names of special tokens stand for these where the template writes them; in
-        the content of a message they are ordinary text, so that nobody can forge a turn. Raises `ModelFormatError`.
-        """
-        if self.template is None:
-            return [tokenizer.end_of_text_id, *tokenizer.encode(self.render(messages))]
-        # A mark inside each name keeps it from being one; the prompt is cut there before it is encoded.
-        mark = f"break{secrets.token_hex(8)}"
-        names = "|".join(map(re.escape, tokenizer.special_names)) or "(?!)"
-        starts_of_names = re.compile(f"(?={names})(.)", re.DOTALL)
-        guarded = [m._replace(content=starts_of_names.sub(rf"\1{mark}", m.content)) for m in messages]
-        pieces = self.render(guarded).split(mark)
-        return [token_id for piece in pieces for token_id in tokenizer.encode_with_special_tokens(piece)]
 
 
 class ChatSession:
@@ -170,14 +78,3 @@ class ChatSession:
             f"the message needs {len(prompt_ids)} tokens and {self._max_new_tokens} are reserved for the answer, but "
             f"the model was made for {self._engine.model.config.max_positions}; write less or lower --max-new-tokens"
         )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ModelFormatError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)

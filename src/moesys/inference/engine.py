@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moesys.errors import GenerationError
 from moesys.inference.kv_cache import CachedAttend, SequenceCache, Span
+from moesys.kernels import use_kernel
 from moesys.models import Decoder
 from moesys.moe import Execution
 
@@ -35,7 +36,10 @@ class SequenceStep:
 
 
 class Engine:
-    """Runs a decoder over sequences that it keeps the keys and values of."""
+    """Runs a decoder over sequences that it keeps the keys and values of.
+
+    The kernel that its `Execution` names computes every matrix of the model, the dense ones too.
+    """
 
     def __init__(self, model: Decoder, execution: Execution | None = None) -> None:
         self.model = model
@@ -48,7 +52,7 @@ class Engine:
 
         Raises `GenerationError` when the model was not made for so many positions.
         """
-        limit = self.model.config.max_positions
+        limit = self.model.config.position_limit
         if not 1 <= capacity <= limit:
             raise GenerationError(
                 f"the sequence needs {capacity} positions, the model was made for 1 to {limit}; "
@@ -57,9 +61,7 @@ class Engine:
         weight = self.model.embedding.weight
         config = self.model.config
         sequence_id, self._next_id = self._next_id, self._next_id + 1
-        self._caches[sequence_id] = SequenceCache(
-            config.num_layers, config.attention, capacity, weight.dtype, weight.device
-        )
+        self._caches[sequence_id] = SequenceCache(config.mixers, capacity, weight.dtype, weight.device)
         return sequence_id
 
     def close_sequence(self, sequence_id: int) -> None:
@@ -81,13 +83,14 @@ class Engine:
         device = self.model.embedding.weight.device
         token_ids = torch.tensor([t for step in steps for t in step.token_ids], device=device)
         positions = torch.cat([torch.arange(span.past, span.stop, device=device) for span in spans])
-        output = self.model(token_ids[None], positions[None], CachedAttend(spans), self._execution)
-        for span in spans:
-            span.cache.length = span.stop
-        hidden = [
-            output.hidden_BSD[0, span.end - n : span.end] for span, n in zip(spans, wanted, strict=True)
-        ]
-        return list(self.model.compute_logits(torch.cat(hidden)).split(wanted))
+        with use_kernel(self._execution.kernel):
+            output = self.model(token_ids[None], positions[None], CachedAttend(spans), self._execution)
+            for span in spans:
+                span.cache.length = span.stop
+            hidden = [
+                output.hidden_BSD[0, span.end - n : span.end] for span, n in zip(spans, wanted, strict=True)
+            ]
+            return list(self.model.compute_logits(torch.cat(hidden)).split(wanted))
 
     def _check_open(self, sequence_id: int) -> int:
         if sequence_id not in self._caches:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moesys.models import AttentionConfig
+from moesys.models import MixerConfig, SoftmaxRule, compute_attention
 
 
 class SequenceCache:
-    """The keys and values of one sequence: fixed storage for ``capacity`` tokens, allocated once."""
+    """The keys and values of one sequence: fixed storage for ``capacity`` tokens, allocated once.
+
+    keys, values:  per layer (kv_heads, capacity, key or value elements).
+    """
 
     def __init__(
-        self,
-        num_layers: int,
-        config: AttentionConfig,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, mixers: Sequence[MixerConfig], capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (num_layers, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        def allocate(num_heads: int, size: int) -> Tensor:
+            return torch.empty(num_heads, capacity, size, dtype=dtype, device=device)
+
+        self.capacity = capacity
+        self.keys = [allocate(mixer.num_kv_heads, mixer.key_dim) for mixer in mixers]
+        self.values = [allocate(mixer.num_kv_heads, mixer.value_dim) for mixer in mixers]
         self.length = 0
         """Tokens whose keys and values are final; set by the engine after a step."""
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
 
 
 @dataclass(frozen=True)
@@ -58,28 +56,29 @@ class CachedAttend:
         self._spans = spans
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
-    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule) -> Tensor:
         """See `moesys.models.Attend`; batch is 1 and the sequence holds the tokens of all spans."""
-        outputs = [self._attend_span(span, layer_id, q, k, v, sliding_window) for span in self._spans]
+        outputs = [self._attend_span(span, layer_id, q, k, v, rule) for span in self._spans]
         return torch.cat(outputs, dim=1)
 
     def _attend_span(
-        self, span: Span, layer_id: int, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None
+        self, span: Span, layer_id: int, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule
     ) -> Tensor:
         rows = slice(span.start, span.end)
-        span.cache.keys[layer_id, :, span.past : span.stop] = k[0, rows].transpose(0, 1)
-        span.cache.values[layer_id, :, span.past : span.stop] = v[0, rows].transpose(0, 1)
-        first = 0 if sliding_window is None else max(0, span.past + 1 - sliding_window)
-        mask = self._find_mask(span, first, sliding_window, q)
-        y = torch.nn.functional.scaled_dot_product_attention(
-            q[:, rows].transpose(1, 2),
-            span.cache.keys[layer_id, None, :, first : span.stop],
-            span.cache.values[layer_id, None, :, first : span.stop],
-            attn_mask=mask,
+        keys, values = span.cache.keys[layer_id], span.cache.values[layer_id]
+        keys[:, span.past : span.stop] = k[0, rows].transpose(0, 1)
+        values[:, span.past : span.stop] = v[0, rows].transpose(0, 1)
+        window = rule.sliding_window
+        first = 0 if window is None else max(0, span.past + 1 - window)
+        mask = self._find_mask(span, first, window, q)
+        return compute_attention(
+            q[:, rows],
+            keys[None, :, first : span.stop].transpose(1, 2),
+            values[None, :, first : span.stop].transpose(1, 2),
+            rule,
+            mask,
             is_causal=mask is None and span.num_new > 1,
-            enable_gqa=q.shape[2] != k.shape[2],
         )
-        return y.transpose(1, 2)
 
     def _find_mask(self, span: Span, first: int, sliding_window: int | None, q: Tensor) -> Tensor | None:
         """Returns the (new tokens, keys from ``first`` on) additive mask, made once per step; None where one token

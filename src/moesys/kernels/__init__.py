@@ -5,7 +5,7 @@ every other file is one implementation. Tensor names end in shape letters: A ass
 F inner width of an expert, K choices, R rows, S slots or sequence, T tokens, V vocabulary.
 """
 
-from moesys.kernels.choice import Kernel
+from moesys.kernels.choice import Kernel, use_kernel
 from moesys.kernels.cross_entropy import linear_cross_entropy
 from moesys.kernels.experts import (
     Activation,
@@ -45,4 +45,5 @@ __all__ = [
     "rms_norm",
     "rotate_pairs",
     "sum_rows",
+    "use_kernel",
 ]

@@ -1,9 +1,18 @@
-"""Which implementation of an operator computes a call. Each operator's ``api`` asks here and nowhere else."""
+"""Which implementation of an operator computes a call. Each operator asks here and nowhere else.
+
+A wish comes from the call's own argument, else from `use_kernel`, else from ``MOESYS_KERNEL``. Without one the fastest
+that fits computes, and where the user could have had a faster one it is said, once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from moesys import env
 from moesys.errors import KernelError
@@ -13,38 +22,92 @@ class Kernel(StrEnum):
     """Implementations of an operator; ``auto`` takes the fastest that fits the call."""
 
     AUTO = "auto"
+    """The default. Without gradients native where it can; in training torch, with the faster of both products."""
     REFERENCE = "reference"
     """The specification, slow and obvious."""
     TORCH = "torch"
-    """Operations of torch, differentiable, on any device. Products of training are `moesys.kernels.multiply`."""
+    """Torch's own operations alone, differentiable, on any device."""
     NATIVE = "native"
     """C on the CPU, without gradients; a row's bits do not depend on other rows."""
 
 
-Obstacle = Callable[[], str | None]
-"""Why an implementation cannot take the call at hand; None when it can."""
+@dataclass(frozen=True)
+class Obstacle:
+    """Why an implementation cannot take a call.
+
+    fix: what the user can change to have it; None where the call is as it should be, such as in training.
+    """
+
+    reason: str
+    fix: str | None = None
 
 
-def choose_kernel(operator: str, asked: Kernel, obstacles: Mapping[Kernel, Obstacle]) -> Kernel:
-    """Returns the implementation for a call: the one asked for, else ``MOESYS_KERNEL``, else the first that fits.
+FindObstacle = Callable[[], Obstacle | None]
+"""Returns why an implementation cannot take the call at hand; None when it can."""
+
+_ambient: ContextVar[Kernel] = ContextVar("moesys_kernel", default=Kernel.AUTO)
+
+
+@contextmanager
+def use_kernel(kernel: Kernel) -> Iterator[None]:
+    """Makes ``kernel`` the wish of every operator called inside that is not given one; ``auto`` changes nothing.
+
+    Holds for this thread or task, for products of a backward pass that runs inside, and for those of a forward pass
+    that ran inside. Comes before ``MOESYS_KERNEL``.
+    """
+    if kernel is Kernel.AUTO:
+        yield
+        return
+    token = _ambient.set(kernel)
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
+def choose_kernel(operator: str, asked: Kernel, obstacles: Mapping[Kernel, FindObstacle]) -> Kernel:
+    """Returns the implementation for a call: the one asked for, else `read_wish`, else the first that fits.
 
     obstacles:  the operator's implementations, fastest first; looked at only where the choice depends on it.
 
-    Raises `KernelError` when the implementation asked for cannot take the call; it never falls back.
+    Raises `KernelError` when the implementation asked for cannot take the call; it never falls back. Where none is
+    asked for and one is passed over for a reason that the user can change, that is logged once per reason.
     """
-    wanted = read_override() if asked is Kernel.AUTO else asked
+    wanted = read_wish() if asked is Kernel.AUTO else asked
     if wanted is Kernel.AUTO:
-        return next(name for name, find_obstacle in obstacles.items() if find_obstacle() is None)
-    reason = obstacles[wanted]()
-    if reason is not None:
+        return _choose_fastest(operator, obstacles)
+    obstacle = obstacles[wanted]()
+    if obstacle is not None:
         choices = ", ".join(["auto", *(name for name, find in obstacles.items() if find() is None)])
-        raise KernelError(f"kernel '{wanted}' cannot compute {operator}: {reason}; choose {choices}")
+        raise KernelError(f"kernel '{wanted}' cannot compute {operator}: {obstacle.reason}; choose {choices}")
     return wanted
 
 
-def read_override() -> Kernel:
-    """Returns what ``MOESYS_KERNEL`` names, `Kernel.AUTO` without it. Raises `KernelError` for an unknown name."""
+def read_wish() -> Kernel:
+    """Returns what `use_kernel` or else ``MOESYS_KERNEL`` names, `Kernel.AUTO` without either. Raises `KernelError`
+    for an unknown name in the environment."""
+    ambient = _ambient.get()
+    if ambient is not Kernel.AUTO:
+        return ambient
     name = env.read_kernel()
-    if name not in list(Kernel):
-        raise KernelError(f"MOESYS_KERNEL is '{name}'; valid values are {', '.join(Kernel)}")
-    return Kernel(name)
+    try:
+        return Kernel(name)
+    except ValueError:
+        raise KernelError(f"MOESYS_KERNEL is '{name}'; valid values are {', '.join(Kernel)}") from None
+
+
+def _choose_fastest(operator: str, obstacles: Mapping[Kernel, FindObstacle]) -> Kernel:
+    for name, find_obstacle in obstacles.items():
+        obstacle = find_obstacle()
+        if obstacle is None:
+            return name
+        if obstacle.fix is not None:
+            _report(operator, name, obstacle)
+    raise KernelError(f"no implementation of {operator} can compute this call")
+
+
+@cache
+def _report(operator: str, passed_over: Kernel, obstacle: Obstacle) -> None:
+    logging.getLogger("moesys").warning(
+        "%s: a slower kernel computes than '%s': %s; %s", operator, passed_over, obstacle.reason, obstacle.fix
+    )

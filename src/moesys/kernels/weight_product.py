@@ -26,12 +26,21 @@ def multiply_weight(x_NK: Tensor, weight_MK: Weight) -> Tensor:
 
 
 class _Int8Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x_NK: Tensor, weight_MK: Int8Weight) -> Tensor:
-        ctx.weight = weight_MK
+    def forward(x_NK: Tensor, weight_MK: Int8Weight) -> Tensor:  # pyrefly: ignore
         if weight_MK.product is Int8Product.W8A8:
             return _multiply_rounded(x_NK, weight_MK)
         return x_NK @ weight_MK.unpack(x_NK.dtype).t()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Int8Weight], output: Tensor) -> None:
+        ctx.weight = inputs[1]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_NK: Tensor, _: None) -> Tensor:  # pyrefly: ignore
+        return tangent_NK @ ctx.weight.unpack(tangent_NK.dtype).t()
 
     @staticmethod
     @once_differentiable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -9,12 +10,26 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class SoftmaxRule:
+    """How a layer turns scores into weights.
+
+    scale:           factor of the scores.
+    sliding_window:  tokens that a token sees, itself included; None for all earlier ones.
+    sinks_H:         (heads,) one more score per head, not scaled, that takes part in the softmax and has no value.
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    sinks_H: Tensor | None = None
+
+
 class Attend(Protocol):
     """Scaled dot-product attention of new queries over the keys and values that are visible to them."""
 
-    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
-        """Takes q (batch, sequence, heads, head_dim) and k, v (batch, sequence, kv_heads, head_dim); returns the
-        shape of q."""
+    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule) -> Tensor:
+        """Takes q (batch, sequence, heads, key_dim), k (batch, sequence, kv_heads, key_dim) and v (batch, sequence,
+        kv_heads, value_dim); returns (batch, sequence, heads, value_dim)."""
         ...
 
 
@@ -32,13 +47,13 @@ class DocumentAttend:
         self._document_ids_BS = document_ids_BS
         self._masks: dict[tuple[torch.dtype, int | None], Tensor] = {}
 
-    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule) -> Tensor:
         """See `Attend`."""
         if len(self._lengths) <= q.shape[0]:
-            return attend_causally(q, k, v, sliding_window)
+            return attend_causally(q, k, v, rule)
         if q.device.type == "cpu":
-            return self._attend_each(q, k, v, sliding_window)
-        return _attend_masked(q, k, v, self._find_mask(q, sliding_window))
+            return self._attend_each(q, k, v, rule)
+        return compute_attention(q, k, v, rule, self._find_mask(q, rule.sliding_window))
 
     @cached_property
     def _lengths(self) -> list[int]:
@@ -51,13 +66,13 @@ class DocumentAttend:
         starts = is_first.flatten().nonzero().squeeze(1)
         return torch.cat([starts, starts.new_tensor([ids.numel()])]).diff().tolist()
 
-    def _attend_each(self, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+    def _attend_each(self, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule) -> Tensor:
         pieces = (tensor.flatten(0, 1).split(self._lengths) for tensor in (q, k, v))
         outputs = [
-            attend_causally(q_S[None], k_S[None], v_S[None], sliding_window)[0]
+            attend_causally(q_S[None], k_S[None], v_S[None], rule)[0]
             for q_S, k_S, v_S in zip(*pieces, strict=True)
         ]
-        return torch.cat(outputs).view(q.shape)
+        return torch.cat(outputs).view(*q.shape[:3], v.shape[3])
 
     def _find_mask(self, q: Tensor, sliding_window: int | None) -> Tensor:
         """Returns the (batch, 1, sequence, sequence) additive mask, made once per forward pass."""
@@ -71,14 +86,66 @@ class DocumentAttend:
         return self._masks[key]
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule) -> Tensor:
     """Each row is one sequence of its own; shapes as in `Attend`."""
-    length = q.shape[1]
-    if sliding_window is None or sliding_window >= length:
-        return _attend_masked(q, k, v, None)
-    return _attend_masked(
-        q, k, v, _make_additive(make_causal_mask(length, sliding_window, q.device), q.dtype)
+    length, window = q.shape[1], rule.sliding_window
+    if window is None or window >= length:
+        return compute_attention(q, k, v, rule, None, is_causal=length > 1)
+    visible = make_causal_mask(length, window, q.device)
+    return compute_attention(q, k, v, rule, _make_additive(visible, q.dtype))
+
+
+def compute_attention(
+    q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule, mask: Tensor | None, *, is_causal: bool = False
+) -> Tensor:
+    """Attends under an additive mask that broadcasts to (batch, heads, queries, keys), or causally, or to every key.
+
+    q (batch, queries, heads, key_dim), k (batch, keys, kv_heads, key_dim), v (batch, keys, kv_heads, value_dim);
+    returns (batch, queries, heads, value_dim). The window is the mask's business.
+    """
+    if rule.sinks_H is not None:
+        return _attend_with_sinks(q, k, v, rule, rule.sinks_H, mask, is_causal=is_causal)
+    missing = q.shape[3] - v.shape[3]
+    if missing:
+        # The fast implementations want values as wide as keys.
+        v = torch.nn.functional.pad(v, (0, missing))
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=rule.scale,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
+    return (y[..., :-missing] if missing else y).transpose(1, 2)
+
+
+def _attend_with_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: SoftmaxRule,
+    sinks_H: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+) -> Tensor:
+    """A sink is a key before all others whose value is zero. One more element per vector gives it its score: the sink
+    over the scale in queries, one in the sink's key, zero in all others."""
+    batch, num_queries, num_heads, _ = q.shape
+    extra = (sinks_H / rule.scale).to(q.dtype).view(1, 1, -1, 1).expand(batch, num_queries, num_heads, 1)
+    q = torch.cat([q, extra], dim=3)
+    sink = torch.nn.functional.pad(torch.zeros_like(k[:, :1]), (0, 1), value=1.0)
+    k = torch.cat([sink, torch.nn.functional.pad(k, (0, 1))], dim=1)
+    v = torch.cat([torch.zeros_like(v[:, :1]), v], dim=1)
+    if is_causal:
+        # A query for the sink's own position keeps the others aligned with their keys.
+        q = torch.cat([torch.zeros_like(q[:, :1]), q], dim=1)
+    if mask is not None:
+        mask = torch.nn.functional.pad(mask, (1, 0))
+    y = compute_attention(q, k, v, replace(rule, sinks_H=None), mask, is_causal=is_causal)
+    return y[:, 1:] if is_causal else y
 
 
 def make_causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
@@ -89,19 +156,6 @@ def make_causal_mask(length: int, sliding_window: int | None, device: torch.devi
     if sliding_window is not None:
         visible &= distance < sliding_window
     return visible[None, None]
-
-
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attends under an additive mask; plainly causal without one."""
-    y = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return y.transpose(1, 2)
 
 
 def _make_additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

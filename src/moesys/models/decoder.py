@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks of attention and feed-forward, final norm, output head.
+"""The decoder: embedding, blocks of mixer and feed-forward, final norm, output head.
 
 Plain single-device PyTorch. What tokens see (`Attend`) and how experts are reached (`Execution`) are arguments.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moesys.kernels import Kernel, linear
 from moesys.models.attend import Attend
-from moesys.models.attention import Attention
 from moesys.models.config import DecoderConfig, DenseConfig
-from moesys.models.norm import RMSNorm
+from moesys.models.mixer import make_mixer
 from moesys.models.rotary import Rotation, compute_rotation
 from moesys.moe import (
     Execution,
@@ -41,16 +41,17 @@ class DecoderOutput:
 
 
 class Block(nn.Module):
-    """Attention and a dense or MoE feed-forward layer, each behind a norm and added to the residual stream."""
+    """A mixer and a dense or MoE feed-forward layer, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, layer_id: int) -> None:
         super().__init__()
         feed_forward = config.feed_forwards[layer_id]
-        self.input_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.attention = Attention(config.hidden_size, config.attention, config.norm_epsilon, layer_id)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.residual_scale = config.residual_scale
+        self.input_norm = config.norm.make(config.hidden_size)
+        self.mixer = make_mixer(config, layer_id)
+        self.post_mixer_norm = config.norm.make(config.hidden_size)
         self.feed_forward: MoELayer | SwiGLU = (
-            SwiGLU(config.hidden_size, feed_forward.intermediate_size)
+            SwiGLU(config.hidden_size, feed_forward.intermediate_size, bias=feed_forward.bias)
             if isinstance(feed_forward, DenseConfig)
             else MoELayer(config.hidden_size, feed_forward, layer_id=layer_id)
         )
@@ -59,12 +60,15 @@ class Block(nn.Module):
         self, x_BSD: Tensor, rotation: Rotation, attend: Attend, execution: Execution
     ) -> tuple[Tensor, Routing | None]:
         """Returns the residual stream and, for a MoE layer, its Routing."""
-        x_BSD = x_BSD + self.attention(self.input_norm(x_BSD), rotation, attend)
-        normed_BSD = self.post_attention_norm(x_BSD)
+        x_BSD = self._add(x_BSD, self.mixer(self.input_norm(x_BSD), rotation, attend))
+        normed_BSD = self.post_mixer_norm(x_BSD)
         if isinstance(self.feed_forward, MoELayer):
             y_BSD, routing = self.feed_forward(normed_BSD, execution)
-            return x_BSD + y_BSD, routing
-        return x_BSD + self.feed_forward(normed_BSD), None
+            return self._add(x_BSD, y_BSD), routing
+        return self._add(x_BSD, self.feed_forward(normed_BSD)), None
+
+    def _add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        return x_BSD + (y_BSD if self.residual_scale == 1.0 else y_BSD * self.residual_scale)
 
 
 class Decoder(nn.Module):
@@ -75,9 +79,11 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer_id) for layer_id in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.final_norm = config.norm.make(config.hidden_size)
         self.head = (
-            None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+            None
+            if config.tie_embeddings
+            else Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         )
 
     def forward(
@@ -86,14 +92,15 @@ class Decoder(nn.Module):
         """Runs (batch, sequence) int64 tokens at their positions; without an `Execution` everything is resident."""
         if execution is None:
             execution = self.make_resident_execution()
-        rotation = compute_rotation(
-            positions_BS, self.config.attention.head_dim, self.config.attention.rope_theta
-        )
+        ropes = [mixer.rope for mixer in self.config.mixers]
+        rotations = {rope: compute_rotation(positions_BS, rope) for rope in set(ropes)}
         x_BSD = self.embedding(token_ids_BS)
+        if self.config.embedding_scale != 1.0:
+            x_BSD = x_BSD * self.config.embedding_scale
         routings: dict[int, Routing] = {}
         run_block = _run_recomputed if execution.recompute else _run
         for layer_id, block in enumerate(self.blocks):
-            x_BSD, routing = run_block(block, x_BSD, rotation, attend, execution)
+            x_BSD, routing = run_block(block, x_BSD, rotations[ropes[layer_id]], attend, execution)
             if routing is not None:
                 routings[layer_id] = routing
         return DecoderOutput(self.final_norm(x_BSD), routings)
@@ -105,7 +112,19 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Returns (..., vocabulary) logits of (..., hidden) states, in their dtype."""
-        return linear(hidden, self.head_weight_VD)
+        logits = linear(hidden, self.head_weight_VD, None if self.head is None else self.head.bias)
+        return logits if self.config.logit_divisor == 1.0 else logits / self.config.logit_divisor
+
+    def prepare_loss(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (..., inner) states and a (vocabulary, inner) weight whose product is the logits, for a loss that
+        never holds them all: the divisor is taken from the states, a bias is one more column."""
+        if self.config.logit_divisor != 1.0:
+            hidden = hidden / self.config.logit_divisor
+        weight = self.head_weight_VD
+        if self.head is None or self.head.bias is None:
+            return hidden, weight
+        ones = hidden.new_full((*hidden.shape[:-1], 1), 1 / self.config.logit_divisor)
+        return torch.cat([hidden, ones], dim=-1), torch.cat([weight, self.head.bias.unsqueeze(1)], dim=1)
 
     def make_resident_execution(self, kernel: Kernel = Kernel.AUTO, *, recompute: bool = False) -> Execution:
         """Returns the execution in which every token and every expert stays where it is."""

@@ -6,6 +6,7 @@ from enum import Enum
 
 from torch import nn
 
+from moesys.models.attention import Attention
 from moesys.models.norm import RMSNorm
 from moesys.moe import ExpertBank, Router
 
@@ -36,10 +37,12 @@ def _find_role(module: nn.Module, name: str) -> Role:
             return Role.EMBEDDING
         case nn.Linear():
             return Role.BIAS if name == "bias" else Role.PROJECTION
-        case RMSNorm():
-            return Role.NORM
+        case RMSNorm() | nn.LayerNorm():
+            return Role.BIAS if name == "bias" else Role.NORM
+        case Attention():
+            return Role.BIAS
         case Router():
-            return Role.ROUTER
+            return Role.BIAS if name == "bias_E" else Role.ROUTER
         case ExpertBank():
             return Role.BIAS if "bias" in name else Role.EXPERT
         case _:

@@ -1,4 +1,4 @@
-"""The rotary position embedding (Su et al., arXiv 2104.09864) in the half-split form of Llama checkpoints."""
+"""Turning queries and keys by their positions. The angles come from `rope`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ import torch
 from torch import Tensor
 
 from moesys.kernels import rotate_pairs
+from moesys.models.rope import RopeConfig, compute_frequencies
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of each position, (batch, sequence, 1, head_dim / 2) float32."""
+    """Cosines and sines of each position, (batch, sequence, 1, dim / 2) float32."""
 
     cos: Tensor
     sin: Tensor
 
 
-def compute_rotation(positions_BS: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Computes the angles position * theta^(-2i / head_dim) in float32, once per forward pass for all layers."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
-    angles = positions_BS[..., None].float() * (1.0 / theta**exponents)
-    return Rotation(angles.cos().unsqueeze(2), angles.sin().unsqueeze(2))
+def compute_rotation(positions_BS: Tensor, rope: RopeConfig) -> Rotation:
+    """Computes position * frequency in float32, once per forward pass for all layers of the same rope."""
+    frequencies, factor = compute_frequencies(rope, positions_BS.device)
+    angles = positions_BS[..., None].float() * frequencies
+    return Rotation((angles.cos() * factor).unsqueeze(2), (angles.sin() * factor).unsqueeze(2))
 
 
-def apply_rotation(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates (batch, sequence, heads, head_dim), pairing element i with i + head_dim / 2. Keeps the dtype."""
-    return rotate_pairs(x, rotation.cos, rotation.sin)
+def apply_rotation(x: Tensor, rotation: Rotation, rope: RopeConfig) -> Tensor:
+    """Turns the first ``rope.dim`` elements of (batch, sequence, heads, size) and keeps the others. Keeps the dtype.
+
+    Interleaved pairs come out side by side in halves: queries and keys alike, so that their products are the same.
+    """
+    turned, rest = x[..., : rope.dim], x[..., rope.dim :]
+    if rope.is_interleaved:
+        turned = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    turned = rotate_pairs(turned, rotation.cos, rotation.sin)
+    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)

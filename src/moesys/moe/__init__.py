@@ -7,17 +7,19 @@ from moesys.moe.config import MoEConfig
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher, Part
 from moesys.moe.execution import Execution
 from moesys.moe.layer import MoELayer
+from moesys.moe.layers import find_layers, make_resident_source
 from moesys.moe.linear import Linear
 from moesys.moe.losses import (
     BalanceScope,
     compute_balance_loss,
+    compute_first_choice_balance_loss,
     compute_router_z_loss,
     compute_sequence_balance_loss,
 )
 from moesys.moe.router import Router, TopKRouter
 from moesys.moe.routing import Routing
 from moesys.moe.score import Score
-from moesys.moe.selection import GroupLimitedTopK, Selection, Threshold, TopK
+from moesys.moe.selection import GroupLimitedTopK, GroupScore, Selection, Threshold, TopK
 from moesys.moe.source import (
     Bank,
     ExpertBank,
@@ -30,7 +32,7 @@ from moesys.moe.source import (
 from moesys.moe.swiglu import SwiGLU
 from moesys.moe.tape import RoutingTape
 from moesys.moe.telemetry import ExpertLoad, LoadMeter
-from moesys.moe.weighting import Normalization
+from moesys.moe.weighting import Normalization, SparseMixer, Weighting
 
 __all__ = [
     "BalanceScope",
@@ -46,6 +48,7 @@ __all__ = [
     "ExpertLoad",
     "ExpertSource",
     "GroupLimitedTopK",
+    "GroupScore",
     "Linear",
     "LoadMeter",
     "LocalDispatcher",
@@ -61,14 +64,19 @@ __all__ = [
     "RoutingTape",
     "Score",
     "Selection",
+    "SparseMixer",
     "SwiGLU",
     "Threshold",
     "TopK",
     "TopKRouter",
+    "Weighting",
     "compute_balance_loss",
+    "compute_first_choice_balance_loss",
     "compute_positions",
     "compute_router_z_loss",
     "compute_selection_bias",
     "compute_sequence_balance_loss",
+    "find_layers",
+    "make_resident_source",
     "quantize_bank",
 ]

@@ -2,7 +2,7 @@
 
 Knows counts and biases; knows nothing of optimizers. The idea: after a step, an expert that was chosen less than the
 mean gets a little more bias, one that was chosen more a little less. Source: arXiv 2408.15664, algorithm 1;
-DeepSeek-V3. Scope: ``step``, the choices of all its micro-batches, dropped ones included.
+DeepSeek-V3. Scope: ``step``, the choices of all its micro-batches, dropped ones included; `BiasBalancer` adds them up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from moesys.moe.layer import MoELayer
+from moesys.moe.layers import find_layers
 from moesys.moe.routing import Routing
 
 
@@ -26,13 +26,14 @@ def compute_selection_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Ten
 
 
 class BiasBalancer:
-    """Counts the choices of a step and then moves the biases of a model's routers. Without biases it does nothing."""
+    """Counts the choices of a step and then moves the biases of a model's routers. Without biases it does nothing.
+
+    Raises `RoutingError` when two MoE layers of the model have the same id.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = {
-            module.layer_id: module
-            for module in model.modules()
-            if isinstance(module, MoELayer) and module.router.selection_bias_E is not None
+            layer_id: layer for layer_id, layer in find_layers(model).items() if layer.bias_update_rate > 0
         }
         self._counts: dict[int, Tensor] = {}
 

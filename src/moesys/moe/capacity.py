@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,20 +18,41 @@ from torch import Tensor
 from moesys.errors import RoutingError
 from moesys.moe.routing import Routing
 
+_DEEPSPEED_MIN_CAPACITY = 4
+
 
 class CapacityFormula(StrEnum):
-    """From tokens T, experts E, choices k and factor f to the assignments that an expert takes."""
+    """From tokens T, experts E, choices k and factor f to the assignments that an expert takes.
+
+    Computed exactly, with the factor as its decimal digits say: 800 tokens, 8 experts and 1.1 give 110. The systems
+    themselves round: DeepSpeed multiplies in float32 and its ceil is one higher for about 1 % of usual shapes (50
+    tokens, 2 experts, 1.2: 31); Tutel multiplies in float64 and its floor is at times one lower (100 per expert, 0.29:
+    28).
+    """
 
     TUTEL = "tutel"
     """k * int(f * ceil(T / E))."""
     DEEPSPEED = "deepspeed"
     """ceil(T / E * f * k)."""
 
+    @property
+    def default_min_capacity(self) -> int:
+        """What the system's own users get who set no minimum: DeepSpeed's is 4, Tutel has none."""
+        return _DEEPSPEED_MIN_CAPACITY if self is CapacityFormula.DEEPSPEED else 0
+
     def compute(self, num_tokens: int, num_experts: int, k: int, factor: float) -> int:
-        """Returns the limit, before a minimum is applied; at least 0."""
+        """Returns the limit for a positive factor, before a minimum is applied; at least 0."""
+        exact_factor = Fraction(str(factor))
         if self is CapacityFormula.TUTEL:
-            return k * int(factor * math.ceil(num_tokens / num_experts))
-        return math.ceil(num_tokens / num_experts * factor * k)
+            return k * math.floor(exact_factor * math.ceil(Fraction(num_tokens, num_experts)))
+        return math.ceil(Fraction(num_tokens, num_experts) * exact_factor * k)
+
+    def can_drop(self, num_experts: int, k: int, factor: float) -> bool:
+        """Returns whether there is a number of tokens for which the limit is less than it."""
+        exact_factor = Fraction(str(factor))
+        # Tutel's floor takes the largest part away where the even share is one.
+        least_factor = math.floor(exact_factor) if self is CapacityFormula.TUTEL else exact_factor
+        return least_factor * k < num_experts
 
 
 class DropBy(StrEnum):
@@ -39,9 +61,11 @@ class DropBy(StrEnum):
     POSITION = "position"
     """All first choices before all second choices, each in the order of the tokens."""
     PROBABILITY = "probability"
-    """Those with the highest scores at this expert (DeepSpeed's ``drop_policy='probs'``)."""
+    """Those to which this expert has the largest share of the token's distribution, ``Routing.scores_TE``: the
+    probability with softmax (DeepSpeed's ``drop_policy='probs'``), with sigmoid the score over the token's sum."""
     CONFIDENCE = "confidence"
-    """As ``position``, with the tokens ordered by their largest score (Tutel's batch-prioritized routing)."""
+    """As ``position``, with the tokens ordered by the largest share in their distribution (Tutel's batch-prioritized
+    routing)."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +76,11 @@ class Capacity:
     formula:        how the factor becomes a number.
     min_capacity:   the limit is at least this.
     drop_by:        which assignments stay.
-    keeps_totals:   whether the surviving weights of a token grow so that its total stays what it was. That is
-                    DeepSpeed's normalisation over survivors; Tutel normalises before dropping and leaves a token
-                    that lost an expert with less.
-    bound_by_need:  whether `compute_limit` returns the largest need where that is less. It drops the same.
+    keeps_totals:   whether the surviving weights of a token grow so that its total stays what it was, where the
+                    router normalises. That is DeepSpeed's normalisation over survivors; Tutel normalises before
+                    dropping and leaves a token that lost an expert with less.
+    bound_by_need:  whether `compute_limit` returns the largest need where that is less, as Tutel sizes its buffers
+                    for a negative factor. It drops the same, and here nothing is padded.
     """
 
     factor: float | None
@@ -67,11 +92,12 @@ class Capacity:
 
     def __post_init__(self) -> None:
         if self.factor is None:
-            if (self.min_capacity, self.drop_by, self.keeps_totals) != (0, DropBy.POSITION, False):
+            options = (self.min_capacity, self.drop_by, self.keeps_totals, self.bound_by_need)
+            if options != (0, DropBy.POSITION, False, False):
                 raise RoutingError(
                     f"a capacity without a factor drops nothing, so min_capacity ({self.min_capacity}), drop_by "
-                    f"({self.drop_by}) and keeps_totals ({self.keeps_totals}) contradict it; give a factor, or use "
-                    "Capacity.unbounded()"
+                    f"({self.drop_by}), keeps_totals ({self.keeps_totals}) and bound_by_need ({self.bound_by_need}) "
+                    "contradict it; give a factor, or use Capacity.unbounded()"
                 )
         elif not (self.factor > 0 and math.isfinite(self.factor)):
             raise RoutingError(
@@ -88,11 +114,22 @@ class Capacity:
 
     @classmethod
     def by_formula(
-        cls, formula: CapacityFormula, factor: float, *, min_capacity: int, drop_by: DropBy
+        cls,
+        formula: CapacityFormula,
+        factor: float,
+        *,
+        min_capacity: int | None = None,
+        drop_by: DropBy = DropBy.POSITION,
     ) -> Capacity:
-        """Returns `tutel` or `deepspeed`, whichever the formula belongs to."""
-        make = cls.tutel if formula is CapacityFormula.TUTEL else cls.deepspeed
-        return make(factor, min_capacity=min_capacity, drop_by=drop_by)
+        """Returns `from_tutel_factor` or `deepspeed`, whichever the formula belongs to.
+
+        min_capacity: None for the formula's own, `CapacityFormula.default_min_capacity`.
+
+        Raises `RoutingError` for a factor that the formula does not have: only Tutel's may be 0 or negative.
+        """
+        make = cls.from_tutel_factor if formula is CapacityFormula.TUTEL else cls.deepspeed
+        least = formula.default_min_capacity if min_capacity is None else min_capacity
+        return make(factor, min_capacity=least, drop_by=drop_by)
 
     @classmethod
     def tutel(cls, factor: float, *, drop_by: DropBy = DropBy.POSITION, min_capacity: int = 0) -> Capacity:
@@ -100,19 +137,33 @@ class Capacity:
         return cls(factor, CapacityFormula.TUTEL, min_capacity, drop_by)
 
     @classmethod
-    def from_tutel_factor(cls, factor: float, *, drop_by: DropBy = DropBy.POSITION) -> Capacity:
+    def from_tutel_factor(
+        cls, factor: float, *, drop_by: DropBy = DropBy.POSITION, min_capacity: int = 0
+    ) -> Capacity:
         """Tutel's meaning of ``capacity_factor``: positive is a limit, 0 drops nothing, and negative is the largest
-        need, at most what the positive factor would give."""
+        need, at most what the positive factor would give. Raises `RoutingError` for 0 with other options, which have
+        nothing to act on."""
         if factor == 0:
-            return cls.unbounded()
-        return replace(cls.tutel(abs(factor), drop_by=drop_by), bound_by_need=factor < 0)
+            return cls(None, min_capacity=min_capacity, drop_by=drop_by)
+        limit = cls.tutel(abs(factor), drop_by=drop_by, min_capacity=min_capacity)
+        return replace(limit, bound_by_need=factor < 0)
 
     @classmethod
     def deepspeed(
-        cls, factor: float, *, min_capacity: int = 4, drop_by: DropBy = DropBy.POSITION
+        cls, factor: float, *, min_capacity: int = _DEEPSPEED_MIN_CAPACITY, drop_by: DropBy = DropBy.POSITION
     ) -> Capacity:
-        """DeepSpeed's limit; the weights of survivors are normalised again, which changes nothing for k = 1."""
+        """DeepSpeed's limit. Where the router normalises, the weights of survivors are normalised again, which changes
+        nothing for k = 1; where it does not, they stay. DeepSpeed itself normalises always from k = 2 on."""
         return cls(factor, CapacityFormula.DEEPSPEED, min_capacity, drop_by, keeps_totals=True)
+
+    def require_effect(self, num_experts: int, k: int) -> None:
+        """Raises `RoutingError` for a factor with which an expert takes every token, so that nothing can be dropped."""
+        if self.factor is None or self.formula.can_drop(num_experts, k, self.factor):
+            return
+        raise RoutingError(
+            f"the capacity factor ({self.factor}) can never drop anything: with {num_experts} experts and top_k {k} an "
+            f"expert then takes every token; use a factor below {num_experts / k:.4g}, or no capacity"
+        )
 
     def compute_limit(self, routing: Routing) -> int:
         """Returns the assignments that an expert takes in this routing, at most the number of tokens.
@@ -134,12 +185,15 @@ class Capacity:
             return None
         return compute_positions(routing, self.drop_by) >= self._compute_bound(routing, self.factor)
 
-    def mark(self, routing: Routing, dropped: Tensor | None) -> Routing:
+    def mark(self, routing: Routing, dropped: Tensor | None, *, is_normalized: bool) -> Routing:
         """Returns the routing with these assignments marked as dropped and the weights of the others as this
-        capacity leaves them."""
+        capacity leaves them.
+
+        is_normalized: whether the router scales a token's weights to one sum; only then is that sum restored.
+        """
         if dropped is None:
             return routing
-        weights = _keep_totals(routing, dropped) if self.keeps_totals else routing.weights
+        weights = _keep_totals(routing, dropped) if self.keeps_totals and is_normalized else routing.weights
         return replace(routing, dropped=dropped, weights=weights)
 
     def _compute_bound(self, routing: Routing, factor: float) -> int:
@@ -194,6 +248,7 @@ def _find_largest_need(routing: Routing) -> int:
 def _keep_totals(routing: Routing, dropped: Tensor) -> Tensor:
     choice, weights = routing.choice, routing.weights
     survivors_A = choice.sum_per_token(weights.masked_fill(dropped, 0.0))
-    # A token that lost all its experts divides by one: an unused infinity would still spoil the gradient.
-    growth_A = choice.sum_per_token(weights) / torch.where(survivors_A > 0, survivors_A, 1.0)
+    # DeepSpeed's floor: survivors of about no weight stay so. Without it their gradients are infinite or NaN, and so
+    # is the unused quotient of a token that lost all its experts, which would still spoil the gradient.
+    growth_A = choice.sum_per_token(weights) / survivors_A.clamp_min(torch.finfo(weights.dtype).eps)
     return torch.where(dropped, weights, weights * growth_A)

@@ -1,4 +1,7 @@
-"""Whether the partial views of a part held each expert that has rows exactly once. Asks the device only at the end."""
+"""Whether what came through the two seams was complete: every assignment in a part, every expert in one view.
+
+Asks the device only at the end, and for the assignments only where some are dropped.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from moesys.errors import ShapeError
+from moesys.moe.routing import Routing
+
+
+def require_all_served(layer_id: int, routing: Routing, num_served: int) -> None:
+    """Raises `ShapeError` when the parts of a dispatcher answered another number of assignments than are not dropped:
+    missing ones would be silent zeros."""
+    num_kept = routing.num_assignments - routing.count_dropped()
+    if num_served != num_kept:
+        raise ShapeError(
+            f"the dispatcher must yield parts that together serve each assignment that is not dropped once; for layer "
+            f"{layer_id} they served {num_served} of {num_kept} (Part.num_served)"
+        )
 
 
 def require_each_expert_once(layer_id: int, offsets: Tensor, tables: Sequence[Tensor]) -> None:

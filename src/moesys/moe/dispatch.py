@@ -21,14 +21,17 @@ from moesys.moe.routing import Routing
 class Part:
     """Rows that are ready to be computed on this device.
 
-    weights_A:  (assignments,) routing weights in the order of ``rows.row_ids``, applied where rows are summed.
-    token_sum:  which assignments sum up to which returned row, in the order of the token's choices.
-    handle:     read by the dispatcher's own `combine` and by nobody else.
+    weights_A:   (assignments,) routing weights in the order of ``rows.row_ids``, applied where rows are summed.
+    token_sum:   which assignments sum up to which returned row, in the order of the token's choices.
+    num_served:  assignments of this device's own Routing whose results come home with this part: those of its rows
+                 where none come from elsewhere. The layer checks that no assignment is left out.
+    handle:      read by the dispatcher's own `combine` and by nobody else.
     """
 
     rows: Rows
     weights_A: Tensor
     token_sum: TokenSum
+    num_served: int
     handle: Any = None
 
 
@@ -69,6 +72,7 @@ class LocalDispatcher:
                 positions=positions if routing.dropped is None else positions[positions >= 0],
                 offsets=token_offsets,
             ),
+            num_served=order.shape[0],
         )
 
     def combine(self, y_RD: Tensor, handle: Any) -> Tensor:

@@ -22,7 +22,8 @@ class Execution:
 
     recompute:      whether blocks are computed again in the backward pass instead of keeping their activations.
     tape:           set by whoever recomputes a block; the layer records its decision there and replays it.
-    top_k:          experts per token in this call; None: as the layer was made.
+    top_k:          experts per token in this call, which experts that are given must not contradict; None: as the
+                    layer was made.
     capacity:       limit of the experts in this call, `Capacity.unbounded()` for none; None: as the layer was made.
     adapters:       low-rank additions to the experts, by layer id.
     checks_logits:  whether NaN or Inf in router logits is an error. Asking costs one wait for the device per layer, so

@@ -13,7 +13,7 @@ from moesys.errors import RoutingError, ShapeError
 from moesys.kernels import compute_experts, compute_experts_summed, sum_rows
 from moesys.moe.choice import Choice
 from moesys.moe.config import MoEConfig
-from moesys.moe.coverage import require_each_expert_once
+from moesys.moe.coverage import require_all_served, require_each_expert_once
 from moesys.moe.dispatch import LocalDispatcher, Part
 from moesys.moe.execution import Execution
 from moesys.moe.linear import Linear
@@ -43,7 +43,8 @@ class MoELayer(nn.Module):
         experts: ModuleBank | None = None,
     ) -> None:
         """``router`` and ``experts`` replace those that the config describes. Raises `RoutingError` or `ShapeError` for
-        a config that cannot be built, and for other numbers of experts than the config's."""
+        a config that cannot be built, for other numbers of experts than the config's, and for a ``bias_update_rate``
+        beside a router without a bias. ``layer_id`` must differ between the layers of a model; see `find_layers`."""
         super().__init__()
         self.layer_id = layer_id
         self.hidden_size = hidden_size
@@ -65,6 +66,11 @@ class MoELayer(nn.Module):
             raise ShapeError(
                 f"the router has {found[0]} experts and the bank {found[1]}; both must have num_experts "
                 f"({config.num_experts})"
+            )
+        if config.bias_update_rate > 0 and self.router.selection_bias_E is None:
+            raise RoutingError(
+                f"bias_update_rate ({config.bias_update_rate}) has no effect on a router without a selection bias; "
+                "make the router with has_selection_bias=True, or drop the rate"
             )
         self.reset_parameters()
 
@@ -90,8 +96,11 @@ class MoELayer(nn.Module):
         given: the experts of each token, as in routing by task, instead of the router's choice; the weights are the
                router's. `Choice.from_table` makes one.
 
-        Raises `ShapeError` for an x of another width or of integers, and for a source that leaves experts out;
-        `RoutingError` for NaN or Inf in the router's logits and for experts that do not exist.
+        The router sees x as it is, in float32; the experts see it in their own dtype.
+
+        Raises `ShapeError` for an x of another width or of integers, for a source that leaves experts out and for a
+        dispatcher that leaves assignments out; `RoutingError` for NaN or Inf in the router's logits, for given experts
+        that do not exist or contradict the `Execution`'s top_k, and in training for a router that could not learn.
         """
         if x.shape[-1] != self.hidden_size:
             raise ShapeError(
@@ -102,11 +111,11 @@ class MoELayer(nn.Module):
         if execution is None:
             execution = Execution(LocalDispatcher(), ResidentSource({self.layer_id: self.experts}))
         x_TD = x.reshape(-1, self.hidden_size)
+        routing = self._route(x_TD, execution, given)
+        execution.source.hint(self.layer_id, routing)
         if isinstance(self.experts, ExpertBank):
             # Under autocast the layer before may hand over another dtype than the experts compute in.
             x_TD = x_TD.to(self.experts.gate_up_EFD.dtype)
-        routing = self._route(x_TD, execution, given)
-        execution.source.hint(self.layer_id, routing)
         y_TD = self._compute_experts(x_TD, routing, execution)
         if self.residual is not None:
             y_TD = self.residual(x_TD, y_TD)
@@ -117,7 +126,9 @@ class MoELayer(nn.Module):
     def _route(self, x_TD: Tensor, execution: Execution, given: Choice | None) -> Routing:
         """Routes, checks and drops, or repeats what the tape says was decided."""
         if given is not None:
-            self._require_experts(given)
+            self._check_given(given, execution.top_k)
+        elif self._trains_router:
+            self.router.require_learnable(execution.top_k)
         replayed = None if execution.tape is None else execution.tape.replayed
         routing = self.router(
             x_TD, top_k=execution.top_k, given=given if replayed is None else replayed.choice
@@ -127,12 +138,23 @@ class MoELayer(nn.Module):
         capacity = self.capacity if execution.capacity is None else execution.capacity
         if capacity is not None:
             dropped = capacity.find_dropped(routing) if replayed is None else replayed.dropped
-            routing = capacity.mark(routing, dropped)
+            is_normalized = self.router.is_normalized
+            routing = capacity.mark(routing, dropped, is_normalized=is_normalized)
         if execution.tape is not None:
             execution.tape.record(routing)
         return routing
 
-    def _require_experts(self, given: Choice) -> None:
+    @property
+    def _trains_router(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.router.weight_ED.requires_grad
+
+    def _check_given(self, given: Choice, top_k: int | None) -> None:
+        if top_k is not None and given.fixed_k != top_k:
+            number = "different numbers of" if given.fixed_k is None else given.fixed_k
+            raise RoutingError(
+                f"the given choice has {number} experts per token, which contradicts the Execution's top_k ({top_k}); "
+                "drop top_k, or give each token as many experts"
+            )
         ids, num_experts = given.expert_ids, self.router.num_experts
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
             raise RoutingError(
@@ -152,9 +174,12 @@ class MoELayer(nn.Module):
 
     def _compute_experts(self, x_TD: Tensor, routing: Routing, execution: Execution) -> Tensor:
         total_TD: Tensor | None = None
+        num_served = 0
         for part in execution.dispatcher.dispatch(x_TD, routing):
             y_TD = execution.dispatcher.combine(self._compute_part(part, execution), part.handle)
             total_TD = y_TD if total_TD is None else total_TD + y_TD
+            num_served += part.num_served
+        require_all_served(self.layer_id, routing, num_served)
         return torch.zeros_like(x_TD) if total_TD is None else total_TD
 
     def _compute_shared(self, x_TD: Tensor, expert: SwiGLU) -> Tensor:

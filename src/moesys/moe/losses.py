@@ -1,7 +1,8 @@
 """Losses that keep the experts evenly used and the router's logits small. They read nothing but a Routing.
 
-Each says the scope of its statistics. A loss over a larger scope takes the counts of that scope as an argument, so
-that whoever knows the scope (several ranks, several micro-batches) can sum them up in between.
+Each says the scope of its statistics. A loss over the tokens of several ranks takes their counts as an argument, so
+that whoever knows the ranks can sum them up in between. No loss has the scope ``step``: its counts are known after the
+last micro-batch, when the others have been differentiated; only `BiasBalancer` uses them.
 """
 
 from __future__ import annotations
@@ -28,17 +29,30 @@ def compute_balance_loss(routing: Routing, counts_E: Tensor | None = None) -> Te
     """Computes E * sum_e f_e * P_e, a float32 scalar that is 1 when every expert is equally used.
 
     f_e is the share of assignments that chose expert e (no gradient), P_e the mean score of e over the tokens.
-    Source: Switch Transformer, arXiv 2101.03961, equation 4, with shares over all k choices; for k = 1 this is
-    GShard's loss (arXiv 2006.16668) as Tutel and DeepSpeed compute it.
+    Source: Switch Transformer, arXiv 2101.03961, equation 4, with shares over all k choices, as DeepSpeed computes it
+    for k of 3 and more. For k = 1 it is also `compute_first_choice_balance_loss`.
 
     counts_E: (experts,) assignments per expert over the scope of f. By default those of this Routing: scope
-    ``micro_batch`` where it holds all tokens of the forward pass. With the summed counts of all ranks or of all
-    micro-batches this is the global-batch loss (arXiv 2501.11873): f has that scope, P_e that of the Routing, and the
-    mean over Routings by their tokens is the loss over all of them.
+    ``micro_batch`` where it holds all tokens of the forward pass. With the summed counts of all ranks this is the
+    global-batch loss (arXiv 2501.11873): f has that scope, P_e that of the Routing, and the mean over Routings by their
+    tokens is the loss over all of them.
     """
+    return _compute_loss(routing, routing.compute_expert_counts() if counts_E is None else counts_E)
+
+
+def compute_first_choice_balance_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
+    """Computes E * sum_e f_e * P_e with f_e the share of tokens whose first choice is expert e, a float32 scalar that
+    is 1 when every expert is equally often first. It asks nothing of the second and later choices.
+
+    Source: GShard, arXiv 2006.16668, algorithm 1, as Tutel computes it for any k and DeepSpeed for k = 1 and 2.
+
+    counts_E: (experts,) tokens whose first choice is each expert, as in `compute_balance_loss`.
+    """
+    return _compute_loss(routing, routing.compute_first_choice_counts() if counts_E is None else counts_E)
+
+
+def _compute_loss(routing: Routing, counts_E: Tensor) -> Tensor:
     scores_TE = _require(routing.scores_TE, "scores_TE")
-    if counts_E is None:
-        counts_E = routing.compute_expert_counts()
     share_E = counts_E.to(scores_TE.dtype) / counts_E.sum().clamp_min(1)
     return routing.num_experts * (share_E * scores_TE.sum(dim=0)).sum() / max(1, routing.num_tokens)
 

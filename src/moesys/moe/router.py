@@ -15,14 +15,15 @@ from moesys.moe.choice import Choice
 from moesys.moe.config import MoEConfig
 from moesys.moe.routing import Routing
 from moesys.moe.score import Score, compute_distribution, compute_scores
-from moesys.moe.selection import Selection, TopK
-from moesys.moe.weighting import Normalization, compute_weights
+from moesys.moe.selection import Selection, TopK, require_unbiased_threshold
+from moesys.moe.weighting import Normalization, Weighting, compute_weights
 
 
 class Router(nn.Module):
     """A linear map to one logit per expert, then score, selection and weighting.
 
     weight_ED:         (experts, hidden) float32.
+    bias_E:            (experts,) float32, added to the logits; None unless ``has_bias``.
     selection_bias_E:  (experts,) float32 buffer, added to the scores for choosing and never to the weights
                        (arXiv 2408.15664); None unless ``has_selection_bias``. `BiasBalancer` moves it.
     """
@@ -36,24 +37,48 @@ class Router(nn.Module):
         selection: Selection,
         *,
         score: Score = Score.SOFTMAX,
-        normalization: Normalization = Normalization.NONE,
+        weighting: Weighting = Normalization.NONE,
         scale: float = 1.0,
+        has_bias: bool = False,
         has_selection_bias: bool = False,
     ) -> None:
-        """``scale`` multiplies every weight after normalisation. Raises `RoutingError` for an impossible selection."""
+        """``scale`` multiplies every weight after normalisation. Raises `RoutingError` for an impossible selection, and
+        for a bias on a `Threshold`."""
         super().__init__()
         selection.require_possible(num_experts)
+        require_unbiased_threshold(selection, has_bias=has_selection_bias)
         self.weight_ED = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         nn.init.normal_(self.weight_ED, std=0.02)
+        self.bias_E = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32)) if has_bias else None
         self.register_buffer("selection_bias_E", torch.zeros(num_experts) if has_selection_bias else None)
         self.selection = selection
         self.score = score
-        self.normalization = normalization
+        self.weighting = weighting
         self.scale = scale
 
     @property
     def num_experts(self) -> int:
         return self.weight_ED.shape[0]
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether the weights of a token sum to one, before the scale."""
+        return self.weighting in (Normalization.AFTER, Normalization.BEFORE)
+
+    def require_learnable(self, top_k: int | None = None) -> None:
+        """Raises `RoutingError` when the weight of a lone expert, normalised, is the constant 1: the choice would get
+        no gradient. Harmless where nothing is learned, as with a checkpoint that was made so.
+
+        top_k: replaces the selection's k.
+        """
+        k = self.selection.k if top_k is None else top_k
+        if k > 1 or self.num_experts == 1 or not self.is_normalized:
+            return
+        raise RoutingError(
+            f"top_k ({k}) with normalisation makes the weight of every chosen expert the constant 1, so the router "
+            "would learn nothing from the task loss; use weighting=Normalization.NONE or a top_k of at "
+            "least 2, or for inference model.eval() or torch.no_grad()"
+        )
 
     def forward(self, x_TD: Tensor, *, top_k: int | None = None, given: Choice | None = None) -> Routing:
         """Routes (tokens, hidden) of any float dtype.
@@ -65,7 +90,11 @@ class Router(nn.Module):
         """
         dtype = torch.promote_types(self.weight_ED.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = linear(x_TD.to(dtype), self.weight_ED.to(dtype))
+            logits_TE = linear(
+                x_TD.to(dtype),
+                self.weight_ED.to(dtype),
+                None if self.bias_E is None else self.bias_E.to(dtype),
+            )
         scores_TE = compute_scores(logits_TE, self.score)
         if given is None:
             given = self._choose(scores_TE.detach(), top_k)
@@ -73,7 +102,7 @@ class Router(nn.Module):
             raise RoutingError(
                 f"the given choice is of {given.num_tokens} tokens, x has {x_TD.shape[0]}; give each token its experts"
             )
-        weights = compute_weights(given, logits_TE, scores_TE, self.normalization)
+        weights = compute_weights(given, logits_TE, scores_TE, self.weighting)
         return Routing(
             expert_ids=given.expert_ids,
             weights=weights if self.scale == 1.0 else weights * self.scale,
@@ -98,8 +127,8 @@ class TopKRouter(Router):
     """Softmax, then the k largest probabilities, scaled to sum to one with ``normalize``: Mixtral, Qwen3-MoE, OLMoE."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool = True) -> None:
-        normalization = Normalization.AFTER if normalize else Normalization.NONE
-        super().__init__(hidden_size, num_experts, TopK(top_k), normalization=normalization)
+        weighting = Normalization.AFTER if normalize else Normalization.NONE
+        super().__init__(hidden_size, num_experts, TopK(top_k), weighting=weighting)
 
 
 def make_router(hidden_size: int, config: MoEConfig) -> Router:
@@ -109,7 +138,8 @@ def make_router(hidden_size: int, config: MoEConfig) -> Router:
         config.num_experts,
         config.selection,
         score=config.score,
-        normalization=Normalization.AFTER if config.normalize_top_k else Normalization.NONE,
+        weighting=config.weighting,
         scale=config.weight_scale,
-        has_selection_bias=config.bias_update_rate > 0,
+        has_bias=config.router_bias,
+        has_selection_bias=config.has_selection_bias,
     )

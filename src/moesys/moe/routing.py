@@ -72,6 +72,11 @@ class Routing:
         ids = self.expert_ids
         return ids.new_zeros(self.num_experts).scatter_add_(0, ids, torch.ones_like(ids))
 
+    def compute_first_choice_counts(self) -> Tensor:
+        """Returns (experts,) int64: of how many tokens each expert is the first choice, dropped ones included."""
+        is_first = (self.choice.compute_ranks() == 0).long()
+        return is_first.new_zeros(self.num_experts).scatter_add_(0, self.expert_ids, is_first)
+
     def count_dropped(self) -> int:
         """Returns how many assignments are not computed."""
         return 0 if self.dropped is None else int(self.dropped.sum())

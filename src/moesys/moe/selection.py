@@ -7,6 +7,7 @@ one, and knows nothing of logits or weights. Ties go to the lower expert id. New
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Protocol
 
 import torch
@@ -56,9 +57,18 @@ class TopK:
         return replace(self, k=k)
 
 
+class GroupScore(StrEnum):
+    """What a group of experts competes with."""
+
+    TOP_2_SUM = "top_2_sum"
+    """The sum of its two best experts' scores (DeepSeek-V3)."""
+    MAX = "max"
+    """Its best expert's score (DeepSeek-V2, arXiv 2405.04434, section 2.2.2)."""
+
+
 @dataclass(frozen=True)
 class GroupLimitedTopK:
-    """The k best experts within the best groups; a group's score is the sum of its two best experts' scores.
+    """The k best experts within the best groups.
 
     Groups are equal runs of expert ids. ``num_groups`` of them compete for ``top_groups`` places, which bounds the
     devices that a token visits when a group lies on one device. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
@@ -67,6 +77,7 @@ class GroupLimitedTopK:
     k: int
     num_groups: int
     top_groups: int
+    group_score: GroupScore = GroupScore.TOP_2_SUM
 
     def require_possible(self, num_experts: int) -> None:
         """See `Selection`."""
@@ -91,7 +102,8 @@ class GroupLimitedTopK:
     def choose(self, scores_TE: Tensor) -> Choice:
         """See `Selection`."""
         scores_TGN = scores_TE.unflatten(1, (self.num_groups, -1))
-        group_scores_TG = scores_TGN.topk(min(2, scores_TGN.shape[2]), dim=2).values.sum(dim=2)
+        num_counted = 1 if self.group_score is GroupScore.MAX else min(2, scores_TGN.shape[2])
+        group_scores_TG = scores_TGN.topk(num_counted, dim=2).values.sum(dim=2)
         group_ids = choose_top_k(group_scores_TG, self.top_groups)
         is_open_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(1, group_ids, True)
         open_TE = scores_TGN.masked_fill(~is_open_TG.unsqueeze(2), -torch.inf).flatten(1)
@@ -106,7 +118,8 @@ class GroupLimitedTopK:
 class Threshold:
     """Top-any: every expert whose score reaches ``min_score``, at least the best one and at most the k best.
 
-    Tokens get different numbers of experts, so the choice is ragged and its size is known after looking at it.
+    Tokens get different numbers of experts, so the choice is ragged and its size is known after looking at it. It does
+    not go with a selection bias; see `require_unbiased_threshold`.
     """
 
     k: int
@@ -127,6 +140,21 @@ class Threshold:
     def with_k(self, k: int) -> Threshold:
         """See `Selection`."""
         return replace(self, k=k)
+
+
+def require_unbiased_threshold(selection: Selection, *, has_bias: bool) -> None:
+    """Raises `RoutingError` for a `Threshold` under a selection bias that balances the experts.
+
+    Biases settle because moving them far enough evens the load at k experts per token. Under a threshold they drift: if
+    biased scores had to pass, each bias would also change how many experts a token gets; if unbiased ones, no bias
+    could help an expert that rarely passes, and its own would grow until it always came first.
+    """
+    if has_bias and isinstance(selection, Threshold):
+        raise RoutingError(
+            f"a threshold (min_score {selection.min_score}) and a selection bias do not go together: the bias would "
+            "drift instead of balancing the experts; drop min_score, or drop the bias (bias_update_rate) and use a "
+            "balance loss"
+        )
 
 
 def choose_top_k(scores_TE: Tensor, top_k: int) -> Tensor:

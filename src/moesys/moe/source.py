@@ -151,7 +151,8 @@ class ExpertSource(Protocol):
 
 
 class ResidentSource:
-    """Weights that never move: one view per layer that covers every expert."""
+    """Weights that never move: one view per layer that covers every expert. `make_resident_source` makes that of a
+    whole model and sees to it that no two layers share an id."""
 
     def __init__(self, banks: Mapping[int, Bank]) -> None:
         self._banks = dict(banks)

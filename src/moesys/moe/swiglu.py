@@ -10,10 +10,10 @@ from moesys.moe.linear import Linear
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), the dense feed-forward layer. Source: Shazeer, arXiv 2002.05202."""
 
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
+    def __init__(self, hidden_size: int, inner_size: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * inner_size, bias=False)
-        self.down_proj = Linear(inner_size, hidden_size, bias=False)
+        self.gate_up_proj = Linear(hidden_size, 2 * inner_size, bias=bias)
+        self.down_proj = Linear(inner_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Takes and returns (..., hidden)."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from moesys.errors import RoutingError
 from moesys.moe.choice import Choice
 
 _SMALLEST_SUM = 1e-20
@@ -24,11 +26,30 @@ class Normalization(StrEnum):
     """Softmax over the chosen experts' logits (gpt-oss); with softmax scores the same numbers as ``after``."""
 
 
-def compute_weights(
-    choice: Choice, logits_TE: Tensor, scores_TE: Tensor, normalization: Normalization
-) -> Tensor:
-    """Returns (assignments,) weights in the dtype of the scores, differentiable in logits and scores."""
-    match normalization:
+@dataclass(frozen=True)
+class SparseMixer:
+    """Each chosen expert's weight is its softmax among the experts that come close to it (PhiMoE, arXiv 2409.12136).
+
+    For a token's best, then its next expert, the earlier ones left out: experts whose logit s is further below the
+    chosen one's m than (m - s) / max(|s|, m) = 2 * epsilon are dropped, and the softmax is taken over the others.
+    Nothing is random here: training uses the weights of inference.
+    """
+
+    epsilon: float
+
+
+Weighting = Normalization | SparseMixer
+"""How weights come from a token's choice."""
+
+
+def compute_weights(choice: Choice, logits_TE: Tensor, scores_TE: Tensor, weighting: Weighting) -> Tensor:
+    """Returns (assignments,) weights in the dtype of the scores, differentiable in logits and scores.
+
+    Raises `RoutingError` for a `SparseMixer` where tokens have different numbers of experts.
+    """
+    match weighting:
+        case SparseMixer(epsilon=epsilon):
+            return _mix_sparsely(choice, logits_TE, epsilon)
         case Normalization.NONE:
             return choice.gather(scores_TE)
         case Normalization.AFTER:
@@ -39,6 +60,18 @@ def compute_weights(
             return _divide_by_sum(
                 choice, (logits_A - _find_largest_per_token(choice, logits_A.detach())).exp()
             )
+
+
+def _mix_sparsely(choice: Choice, logits_TE: Tensor, epsilon: float) -> Tensor:
+    if choice.fixed_k is None:
+        raise RoutingError("a SparseMixer weighs a fixed number of experts per token; use TopK")
+    weights, left_TE = [], logits_TE
+    for ids_T1 in choice.expert_ids.view(-1, choice.fixed_k).split(1, dim=1):
+        chosen_T1 = left_TE.gather(1, ids_T1)
+        is_far_TE = (chosen_T1 - left_TE) / torch.maximum(logits_TE.abs(), chosen_T1) > 2 * epsilon
+        weights.append(left_TE.masked_fill(is_far_TE, -torch.inf).softmax(dim=1).gather(1, ids_T1))
+        left_TE = left_TE.scatter(1, ids_T1, -torch.inf)
+    return torch.cat(weights, dim=1).flatten()
 
 
 def _divide_by_sum(choice: Choice, values_A: Tensor) -> Tensor:

@@ -9,31 +9,58 @@ import torch
 from moesys.checkpoint import parse_dtype
 from moesys.config import Config, ModelConfig
 from moesys.errors import ConfigError
-from moesys.models import AttentionConfig, Decoder, DecoderConfig, DenseConfig, initialize_weights
-from moesys.moe import BalanceScope, Capacity, CapacityFormula, DropBy, MoEConfig, Score
+from moesys.kernels import Activation, ExpertForm
+from moesys.models import (
+    AttentionConfig,
+    Decoder,
+    DecoderConfig,
+    DenseConfig,
+    NormConfig,
+    QKNorm,
+    RopeConfig,
+    initialize_weights,
+)
+from moesys.moe import (
+    BalanceScope,
+    Capacity,
+    CapacityFormula,
+    DropBy,
+    MoEConfig,
+    Normalization,
+    Score,
+    find_layers,
+)
 from moesys.planning import choose_faster_dtype
+from moesys.training.keys import naming_keys
 from moesys.training.step import Objective
+
+_NORMALIZATIONS: dict[bool | str, Normalization] = {
+    False: Normalization.NONE,
+    True: Normalization.AFTER,
+    "before": Normalization.BEFORE,
+}
 
 
 def build_decoder_config(model: ModelConfig, vocab_size: int, max_positions: int) -> DecoderConfig:
-    """Translates the model section into the plain record that `Decoder` is built from."""
+    """Translates the model section into the plain record that `Decoder` is built from. Raises `ConfigError`."""
+    attention = AttentionConfig(
+        num_heads=model.num_heads,
+        num_kv_heads=model.resolved_num_kv_heads,
+        head_dim=model.resolved_head_dim,
+        rope=RopeConfig(model.resolved_head_dim, model.rope_theta),
+        qk_norm=QKNorm.PER_HEAD if model.qk_norm else QKNorm.NONE,
+        qkv_bias=model.attention_bias,
+        output_bias=model.attention_bias,
+        sliding_window=model.sliding_window,
+    )
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,
-        attention=AttentionConfig(
-            num_heads=model.num_heads,
-            num_kv_heads=model.resolved_num_kv_heads,
-            head_dim=model.resolved_head_dim,
-            qk_norm=model.qk_norm,
-            qkv_bias=model.attention_bias,
-            output_bias=model.attention_bias,
-            sliding_window=model.sliding_window,
-            rope_theta=model.rope_theta,
-        ),
+        mixers=(attention,) * len(model.experts_per_layer),
         feed_forwards=tuple(
             _build_feed_forward(model, num_experts) for num_experts in model.experts_per_layer
         ),
-        norm_epsilon=model.norm_epsilon,
+        norm=NormConfig(model.norm_epsilon),
         tie_embeddings=model.tie_embeddings,
         max_positions=max_positions,
     )
@@ -47,6 +74,17 @@ def build_objective(config: Config) -> Objective:
         loss_chunk_tokens=config.memory.loss_chunk_tokens,
         balance_scope=BalanceScope(config.training.balance_scope),
     )
+
+
+def require_trainable(config: Config) -> None:
+    """Raises `ConfigError`, naming keys, for a model that cannot be built or whose routers could not learn.
+
+    Takes no memory and no time worth mentioning, so that it can be asked before data is prepared.
+    """
+    decoder = build_decoder_config(config.model, config.data.vocab_size, config.data.sequence_length)
+    with naming_keys(), torch.device("meta"):
+        for layer in find_layers(Decoder(decoder)).values():
+            layer.router.require_learnable()
 
 
 def build_model(config: Config, vocab_size: int) -> Decoder:
@@ -96,30 +134,38 @@ def compute_dtype(config: Config) -> torch.dtype:
 def _build_feed_forward(model: ModelConfig, num_experts: int) -> MoEConfig | DenseConfig:
     if num_experts == 0:
         return DenseConfig(model.intermediate_size)
-    return MoEConfig(
-        num_experts=num_experts,
-        top_k=model.top_k,
-        intermediate_size=model.expert_intermediate_size,
-        normalize_top_k=model.normalize_top_k,
-        shared_intermediate_size=model.shared_expert_intermediate_size,
-        score=Score(model.router_score),
-        weight_scale=model.top_k_scale,
-        num_groups=model.expert_groups,
-        top_groups=model.top_k_groups,
-        min_score=model.router_min_score,
-        bias_update_rate=model.balance_bias_rate,
-        capacity=_build_capacity(model),
-        shared_expert_gate=model.shared_expert_gate,
-        is_residual=model.residual_expert,
-    )
+    with naming_keys():
+        return MoEConfig(
+            num_experts=num_experts,
+            top_k=model.top_k,
+            intermediate_size=model.expert_intermediate_size,
+            weighting=_NORMALIZATIONS[model.normalize_top_k],
+            shared_intermediate_size=model.shared_expert_intermediate_size,
+            score=Score(model.router_score),
+            weight_scale=model.top_k_scale,
+            num_groups=model.expert_groups,
+            top_groups=model.top_k_groups,
+            min_score=model.router_min_score,
+            bias_update_rate=model.balance_bias_rate,
+            capacity=_build_capacity(model, num_experts),
+            shared_expert_gate=model.shared_expert_gate,
+            is_residual=model.residual_expert,
+            form=ExpertForm(Activation(model.expert_activation), model.expert_limit, model.expert_alpha),
+            expert_bias=model.expert_bias,
+        )
 
 
-def _build_capacity(model: ModelConfig) -> Capacity | None:
-    if model.capacity_factor is None:
+def _build_capacity(model: ModelConfig, num_experts: int) -> Capacity | None:
+    """Gives a limit to the layers where it can drop something, or to all where it can nowhere, which they refuse.
+
+    A factor of 0 drops nothing, as no factor does: the model is a dropless one, also where it is exported.
+    """
+    if not model.capacity_factor:
+        return None
+    formula, factor = CapacityFormula(model.capacity_formula), model.capacity_factor
+    limited = {n for n in model.experts_per_layer if n and formula.can_drop(n, model.top_k, abs(factor))}
+    if limited and num_experts not in limited:
         return None
     return Capacity.by_formula(
-        CapacityFormula(model.capacity_formula),
-        model.capacity_factor,
-        min_capacity=model.min_capacity,
-        drop_by=DropBy(model.drop_by),
+        formula, factor, min_capacity=model.min_capacity, drop_by=DropBy(model.drop_by)
     )

@@ -42,6 +42,8 @@ class Progress:
     """Tokens of the busiest expert divided by the mean, averaged over MoE layers."""
     dropped_share: float | None = None
     """Assignments that were dropped, as a share (0 to 1) of all; None where none was."""
+    skipped_steps: int | None = None
+    """Steps that were not applied; None where all were."""
     remaining_s: float | None = None
     """Estimated seconds until the last step."""
 
@@ -65,6 +67,7 @@ def compute_progress(metrics: TrainMetrics, total_steps: int) -> Progress:
         gemm_share=metrics.gemm_share,
         imbalance=metrics.imbalance if math.isfinite(metrics.imbalance) else None,
         dropped_share=metrics.dropped / sum(map(sum, metrics.expert_tokens)) if metrics.dropped else None,
+        skipped_steps=metrics.skipped_steps or None,
         remaining_s=remaining_s,
     )
 
@@ -85,6 +88,8 @@ def format_progress(progress: Progress) -> str:
         parts.append(f"imbalance {progress.imbalance:.2f}")
     if progress.dropped_share is not None:
         parts.append(f"{progress.dropped_share:.1%} dropped")
+    if progress.skipped_steps is not None:
+        parts.append(f"{progress.skipped_steps} skipped")
     if progress.remaining_s is not None:
         parts.append(f"{format_duration(progress.remaining_s)} left")
     return " | ".join(parts)

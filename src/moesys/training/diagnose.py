@@ -2,7 +2,8 @@
 
 Knows the order in which a decoder computes; does not know why a number overflowed. The idea: one forward and
 backward pass of the step that failed, in which every place reports whether its output, and the gradient that
-comes back to its output, is finite. A gradient is spoilt by the place after the one where it arrives spoilt.
+comes back to its output, is finite, and each router whether its logits are. A gradient is spoilt by the place after the
+one where it arrives spoilt.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.data import Batch
+from moesys.errors import RoutingError
 from moesys.models import Decoder
 from moesys.training.step import TrainingStep
 
@@ -23,7 +25,7 @@ _HEAD = "the output head"
 
 def find_first_nonfinite(model: Decoder, batches: Sequence[Batch], step: TrainingStep) -> str:
     """Runs the micro-batches of a step again and names the first place with NaN or Inf, such as
-    ``layer 2, feed_forward`` or ``the backward pass of layer 2, attention``.
+    ``layer 2, feed_forward`` or ``the backward pass of layer 2, attention``; for router logits also how many tokens.
 
     Leaves the parameters as they are and no gradients. Memory: that of a training step.
     """
@@ -42,7 +44,10 @@ def find_first_nonfinite(model: Decoder, batches: Sequence[Batch], step: Trainin
 def _find_in_micro_batch(model: Decoder, batch: Batch, num_targets: int, step: TrainingStep) -> str | None:
     trace = _Trace(model)
     with trace.attached():
-        loss = step.compute_loss(batch, num_targets)
+        try:
+            loss = step.compute_loss(batch, num_targets, checks_logits=True)
+        except RoutingError as error:
+            return trace.first_bad_output or str(error)
         if trace.first_bad_output is not None:
             return trace.first_bad_output
         if not torch.isfinite(loss.cross_entropy):

@@ -46,11 +46,9 @@ def evaluate(
         output = model(
             batch.token_ids_BS, batch.positions_BS, DocumentAttend(batch.document_ids_BS), execution
         )
+        hidden_TD, weight_VD = model.prepare_loss(output.hidden_BSD.flatten(0, 1))
         total += linear_cross_entropy(
-            output.hidden_BSD.flatten(0, 1),
-            model.head_weight_VD,
-            batch.target_ids_BS.flatten(),
-            loss_chunk_tokens,
+            hidden_TD, weight_VD, batch.target_ids_BS.flatten(), loss_chunk_tokens
         ).item()
         on_progress(done + 1, len(heldout.batches))
     return Evaluation(

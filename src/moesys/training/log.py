@@ -14,10 +14,10 @@ from functools import cached_property
 
 import torch
 
-from moesys.moe import LoadMeter
 from moesys.planning import measure_gemm_rate
 from moesys.training.console import Console
 from moesys.training.evaluate import Evaluation
+from moesys.training.expert_load import merge_loads
 from moesys.training.metrics import (
     EvaluationMetrics,
     EventMetrics,
@@ -58,13 +58,11 @@ class TrainingLog:
         self,
         sinks: Sequence[MetricsSink],
         console: Console,
-        meter: LoadMeter,
         yardstick: Yardstick,
         position: Position,
     ) -> None:
         self._sinks = sinks
         self._console = console
-        self._meter = meter
         self._yardstick = yardstick
         self._position = position
         self._written_s = position.elapsed_s
@@ -80,8 +78,9 @@ class TrainingLog:
         self._position = position
 
     def write(self, learning_rate: float) -> None:
-        """Writes the line of the steps added since the last one; skipped steps count in time and not in loss."""
-        position, load = self._position, self._meter.drain()
+        """Writes the line of the steps added since the last one; skipped steps count in time and in
+        nothing else."""
+        position, load = self._position, merge_loads(self._results)
         seconds = position.elapsed_s - self._written_s
         tokens_per_s = sum(result.num_targets for result in self._results) / seconds
         loss = self._mean("loss")
@@ -99,10 +98,11 @@ class TrainingLog:
             router_z_loss=self._mean("router_z_loss"),
             moe_layers=load.layer_ids,
             expert_tokens=load.expert_tokens,
-            imbalance=load.imbalance if load.layer_ids else math.nan,
+            imbalance=load.imbalance,
             routing_entropy=load.entropy,
             router_confidence=load.confidence,
             dropped=load.dropped,
+            skipped_steps=sum(not result.is_finite for result in self._results),
         )
         self._results, self._written_s = [], position.elapsed_s
         self._write(metrics)

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, get_type_hints
@@ -28,7 +28,8 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class TrainMetrics:
-    """What training did since the previous line of this kind."""
+    """What training did since the previous line of this kind. Skipped steps count in ``tokens_per_s`` and in
+    ``skipped_steps`` alone; where no step was applied, counts are 0 and means NaN."""
 
     step: int
     """Optimizer steps done since the run began."""
@@ -64,6 +65,8 @@ class TrainMetrics:
     """Mean probability of a token's first choice."""
     dropped: int
     """Assignments dropped since the previous line; 0 in a dropless run."""
+    skipped_steps: int = 0
+    """Steps since the previous line that were not applied, for NaN or Inf in loss or gradients."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ _RECORD_TYPES: dict[str, type[Record]] = {
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 _KINDS = {record_type: kind for kind, record_type in _RECORD_TYPES.items()}
 _FIELD_TYPES = {record_type: get_type_hints(record_type) for record_type in _KINDS}
+_REQUIRED = {
+    record_type: {f.name for f in fields(record_type) if f.default is MISSING} for record_type in _KINDS
+}
+"""Fields with a default came later: files written before them stay readable."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +217,8 @@ def decode_record(line: str) -> Record:
     if record_type is None:
         raise ValueError(f"kind ({kind!r}) must be one of {', '.join(_RECORD_TYPES)}")
     types = _FIELD_TYPES[record_type]
-    if types.keys() != values.keys():
-        missing, unknown = sorted(types.keys() - values.keys()), sorted(values.keys() - types.keys())
+    missing, unknown = sorted(_REQUIRED[record_type] - values.keys()), sorted(values.keys() - types.keys())
+    if missing or unknown:
         raise ValueError(f"a line of kind {kind} has missing fields {missing} and unknown fields {unknown}")
     return record_type(**{name: _decode_value(name, value, types[name]) for name, value in values.items()})
 

@@ -21,6 +21,7 @@ from moesys.moe import (
     BalanceScope,
     BiasBalancer,
     Execution,
+    ExpertLoad,
     LoadMeter,
     Routing,
     compute_balance_loss,
@@ -49,6 +50,8 @@ class StepResult:
     router_z_loss: float
     gradient_norm: float
     num_targets: int
+    load: ExpertLoad
+    """What the routers did in all micro-batches; of a step that was not applied, it may hold NaN."""
 
     @property
     def is_finite(self) -> bool:
@@ -82,10 +85,10 @@ class TrainingStep:
         gradient_clip: float,
         meter: LoadMeter,
     ) -> None:
+        """``meter`` gathers what a step's `StepResult` says of its routers, and is empty between steps."""
         self._model = model
         self._optimizer = optimizer
-        # A step looks at its loss anyway and is skipped where that is not finite, so the layers need not look too.
-        self._execution = replace(execution, checks_logits=False)
+        self._execution = execution
         self._objective = objective
         self._gradient_clip = gradient_clip
         self._meter = meter
@@ -100,7 +103,9 @@ class TrainingStep:
         gradients = self._optimizer.collect_gradients()
         gradient_norm = torch.nn.utils.get_total_norm(gradients)
         loss, balance_loss, router_z_loss = totals.tolist()
-        result = StepResult(loss, balance_loss, router_z_loss, gradient_norm.item(), num_targets)
+        result = StepResult(
+            loss, balance_loss, router_z_loss, gradient_norm.item(), num_targets, self._meter.drain()
+        )
         if not result.is_finite:
             self._optimizer.discard_gradients()
             self._balancer.discard()
@@ -111,10 +116,17 @@ class TrainingStep:
         self._balancer.apply()
         return result
 
-    def compute_loss(self, batch: Batch, num_targets: int) -> MicroBatchLoss:
-        """Runs a micro-batch forward, as a part of a step that has ``num_targets`` targets."""
+    def compute_loss(self, batch: Batch, num_targets: int, *, checks_logits: bool = False) -> MicroBatchLoss:
+        """Runs a micro-batch forward, as a part of a step that has ``num_targets`` targets.
+
+        checks_logits: whether NaN or Inf in router logits raises `RoutingError`, naming the layer. Training looks at
+        its loss anyway and skips a step where that is not finite, so its layers need not look too.
+        """
         output = self._model(
-            batch.token_ids_BS, batch.positions_BS, DocumentAttend(batch.document_ids_BS), self._execution
+            batch.token_ids_BS,
+            batch.positions_BS,
+            DocumentAttend(batch.document_ids_BS),
+            replace(self._execution, checks_logits=checks_logits),
         )
         cross_entropy = self._compute_cross_entropy(output, batch) / num_targets
         share = batch.num_targets / num_targets
@@ -140,11 +152,9 @@ class TrainingStep:
         return torch.stack([part.detach() for part in parts]).float().cpu()
 
     def _compute_cross_entropy(self, output: DecoderOutput, batch: Batch) -> Tensor:
+        hidden_TD, weight_VD = self._model.prepare_loss(output.hidden_BSD.flatten(0, 1))
         return linear_cross_entropy(
-            output.hidden_BSD.flatten(0, 1),
-            self._model.head_weight_VD,
-            batch.target_ids_BS.flatten(),
-            self._objective.loss_chunk_tokens,
+            hidden_TD, weight_VD, batch.target_ids_BS.flatten(), self._objective.loss_chunk_tokens
         )
 
 

@@ -16,7 +16,7 @@ from moesys.config import Config, ModelConfig
 from moesys.data import Batch, HeldoutSet, PreparedData, SequenceLoader, heldout_windows, prepare_data
 from moesys.env import read_cache_dir, read_world_size
 from moesys.errors import ConfigError, DataError, ModelFormatError, NonFiniteError
-from moesys.kernels import Kernel
+from moesys.kernels import Kernel, use_kernel
 from moesys.models import DecoderConfig, choose_family
 from moesys.moe import Capacity, LoadMeter
 from moesys.training.allocator import keep_freed_memory
@@ -24,11 +24,12 @@ from moesys.training.build import (
     build_model,
     build_objective,
     compute_dtype,
+    require_trainable,
     resolve_dtype,
     resolve_paths,
     select_device,
 )
-from moesys.training.compatibility import require_same_config
+from moesys.training.compatibility import Backend, require_same_config
 from moesys.training.console import Console
 from moesys.training.diagnose import find_first_nonfinite
 from moesys.training.evaluate import Evaluation, evaluate
@@ -73,18 +74,16 @@ class Trainer:
         self._device = select_device(config.runtime.device)
         self._dtype = compute_dtype(config)
         self.model = build_model(config, data.tokenizer.vocab_size)
-        self.execution = self.model.make_resident_execution(
-            Kernel(config.runtime.kernel), recompute=config.memory.activation_checkpointing
-        )
+        self._kernel = Kernel(config.runtime.kernel)
+        self.execution = self.model.make_resident_execution(recompute=config.memory.activation_checkpointing)
         self.optimizer = MasterAdamW(self.model, config.training, self._dtype)
-        self._meter = LoadMeter()
         self._training_step = TrainingStep(
             self.model,
             self.optimizer,
             self.execution,
             build_objective(config),
             config.training.gradient_clip,
-            self._meter,
+            LoadMeter(),
         )
         self._loader = SequenceLoader(
             data.train,
@@ -108,6 +107,7 @@ class Trainer:
         run.require_unused()
         _require_one_process()
         select_device(config.runtime.device)
+        require_trainable(config)
         config = resolve_paths(resolve_dtype(config))
         data = prepare_data(config.data, read_cache_dir())
         trainer = cls(run, config, data, console)
@@ -150,6 +150,7 @@ class Trainer:
     def train(self) -> Outcome:
         """Runs to the last step, or until interrupted. Saves at the end and when interrupted."""
         with (
+            use_kernel(self._kernel),
             self._open_log() as log,
             Interruption(self.console.warning, self.console.abandon) as interruption,
         ):
@@ -167,7 +168,8 @@ class Trainer:
         """Carries out one optimizer step on the next batch and returns its figures; writes nothing."""
         started = time.perf_counter()
         batches = self._load_batches(self.step)
-        result = self._training_step.run(batches, compute_learning_rate(self.config.training, self.step))
+        with use_kernel(self._kernel):
+            result = self._training_step.run(batches, compute_learning_rate(self.config.training, self.step))
         self.position = self.position.advance(result, time.perf_counter() - started)
         return result
 
@@ -178,13 +180,14 @@ class Trainer:
     ) -> Evaluation:
         """Scores held-out documents, each alone; ``max_tokens`` bounds how many, None takes all. ``on_progress`` gets
         (batches done, batches). Nothing is dropped: with a capacity, a document would depend on its neighbours."""
-        return evaluate(
-            self.model,
-            self.make_heldout_set(max_tokens),
-            replace(self.execution, capacity=Capacity.unbounded()),
-            self.config.memory.loss_chunk_tokens,
-            on_progress,
-        )
+        with use_kernel(self._kernel):
+            return evaluate(
+                self.model,
+                self.make_heldout_set(max_tokens),
+                replace(self.execution, capacity=Capacity.unbounded()),
+                self.config.memory.loss_chunk_tokens,
+                on_progress,
+            )
 
     def make_heldout_set(self, max_tokens: int | None = None) -> HeldoutSet:
         """Returns the held-out documents in windows that overlap by half, so that tokens are judged with context."""
@@ -202,7 +205,7 @@ class Trainer:
                 "data_fingerprint": self.data.fingerprint,
                 "elapsed_s": self.position.elapsed_s,
                 "skipped_in_a_row": self._skipped_in_a_row,
-                "threads": torch.get_num_threads(),
+                **self._find_backend().to_metadata(),
             },
         )
         return save_checkpoint(self.run.checkpoints_folder, state, keep=self.config.training.keep_checkpoints)
@@ -223,11 +226,9 @@ class Trainer:
                 f"(fingerprint {metadata['data_fingerprint'][:12]}, now {self.data.fingerprint[:12]}); "
                 "restore the files, or start a new run"
             )
-        if metadata["threads"] != torch.get_num_threads():
-            self.console.warning(
-                f"the run was saved with {metadata['threads']} threads and goes on with {torch.get_num_threads()}: "
-                "sums may differ in the last bits"
-            )
+        change = self._find_backend().describe_change(metadata)
+        if change is not None:
+            self.console.warning(change)
         self.optimizer.import_state(state.tensors)
         self.position = Position(state.step, state.tokens, metadata["elapsed_s"])
         self._skipped_in_a_row = metadata["skipped_in_a_row"]
@@ -236,6 +237,10 @@ class Trainer:
             for damage in damages:
                 log.write_event("damaged_checkpoint", damage)
             log.write_event("resumed", f"resumed at step {self.step}")
+
+    def _find_backend(self) -> Backend:
+        with use_kernel(self._kernel):
+            return Backend.find(self._device)
 
     def _take_logged_step(self, log: TrainingLog) -> None:
         config = self.config.training
@@ -286,7 +291,7 @@ class Trainer:
         self._skipped_in_a_row += 1
         log.write_event(
             "skipped_step",
-            f"step {self.step} was skipped, parameters unchanged: loss {result.loss}, "
+            f"step {self.step} was skipped, parameters unchanged and its routing not counted: loss {result.loss}, "
             f"gradient norm {result.gradient_norm}",
         )
         limit = self.config.training.max_skipped_steps
@@ -310,7 +315,7 @@ class Trainer:
             self._device,
         )
         with open_sinks(self.run, tensorboard=self.config.runtime.tensorboard) as sinks:
-            yield TrainingLog(sinks, self.console, self._meter, yardstick, self.position)
+            yield TrainingLog(sinks, self.console, yardstick, self.position)
 
 
 def _require_one_process() -> None:

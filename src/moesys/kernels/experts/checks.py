@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.kernels.formats import Int8Weight
+from moesys.kernels.formats import Int8Product, Int8Weight
 from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum, Weight
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -83,28 +83,29 @@ def _check_slots(rows: Rows, view: BankView | ModuleView) -> None:
 
 def _check_bank(rows: Rows, view: BankView) -> None:
     hidden, halves, inner = rows.x_RD.shape[1], view.form.num_halves, view.down_SDF.shape[-1]
-    product = "inner" if halves == 1 else f"{halves} * inner"
-    width = halves * inner
-    _check_shape(
-        "gate_up",
-        view.gate_up_SFD,
-        f"(slots, {product}, hidden) for {view.form.activation}",
-        (view.num_slots, width, hidden),
-    )
-    _check_shape("down", view.down_SDF, "(slots, hidden, inner)", (view.num_slots, hidden, inner))
-    formats = _name_format(view.gate_up_SFD), _name_format(view.down_SDF)
+    num_slots, width = view.num_slots, halves * inner
+    product = "inner" if halves == 1 else "2 * inner"
+    if view.gate_up_SFD.shape != (num_slots, width, hidden):
+        form = f"(slots, {product}, hidden) for {view.form.activation}"
+        raise _make_shape_error("gate_up", view.gate_up_SFD, form, (num_slots, width, hidden))
+    _check_shape("down", view.down_SDF, "(slots, hidden, inner)", (num_slots, hidden, inner))
+    _check_formats(view)
+    _check_dtypes(rows.x_RD.dtype, view)
+    if view.gate_up_bias_SF is not None:
+        _check_shape("gate_up_bias", view.gate_up_bias_SF, f"(slots, {product})", (num_slots, width))
+        _check_dtype_of_rows("gate_up_bias", view.gate_up_bias_SF, rows)
+    if view.down_bias_SD is not None:
+        _check_shape("down_bias", view.down_bias_SD, "(slots, hidden)", (num_slots, hidden))
+        _check_dtype_of_rows("down_bias", view.down_bias_SD, rows)
+
+
+def _check_formats(view: BankView) -> None:
+    formats = _find_format(view.gate_up_SFD), _find_format(view.down_SDF)
     if formats[0] != formats[1]:
         raise ShapeError(
-            f"gate_up and down must have the same format, got {formats[0]} and {formats[1]}; convert one of them"
+            f"gate_up and down must have the same format, got {_name(formats[0])} and {_name(formats[1])}; "
+            "convert one of them"
         )
-    _check_dtypes(rows.x_RD.dtype, view)
-    for name, bias, what, columns in (
-        ("gate_up_bias", view.gate_up_bias_SF, f"(slots, {product})", width),
-        ("down_bias", view.down_bias_SD, "(slots, hidden)", hidden),
-    ):
-        if bias is not None:
-            _check_shape(name, bias, what, (view.num_slots, columns))
-            _check_dtype_of_rows(name, bias, rows)
 
 
 def _check_dtypes(dtype: torch.dtype, view: BankView) -> None:
@@ -140,8 +141,12 @@ def _check_adapters(rows: Rows, view: BankView, adapters: Adapters) -> None:
 
 
 def _check_shape(name: str, tensor: Weight, what: str, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ShapeError(f"{name} must be {what} = {expected}, got {tuple(tensor.shape)}")
+    if tensor.shape != expected:
+        raise _make_shape_error(name, tensor, what, expected)
+
+
+def _make_shape_error(name: str, tensor: Weight, what: str, expected: tuple[int, ...]) -> ShapeError:
+    return ShapeError(f"{name} must be {what} = {expected}, got {tuple(tensor.shape)}")
 
 
 def _check_dtype_of_rows(name: str, tensor: Tensor, rows: Rows) -> None:
@@ -151,5 +156,9 @@ def _check_dtype_of_rows(name: str, tensor: Tensor, rows: Rows) -> None:
         )
 
 
-def _name_format(weight: Weight) -> str:
-    return f"int8 {weight.product}" if isinstance(weight, Int8Weight) else str(weight.dtype)
+def _find_format(weight: Weight) -> torch.dtype | Int8Product:
+    return weight.product if isinstance(weight, Int8Weight) else weight.dtype
+
+
+def _name(weight_format: torch.dtype | Int8Product) -> str:
+    return f"int8 {weight_format}" if isinstance(weight_format, Int8Product) else str(weight_format)

@@ -10,27 +10,32 @@ from dataclasses import replace
 from torch import Tensor
 
 from moesys.kernels import native
+from moesys.kernels.choice import Obstacle
 from moesys.kernels.experts.row_sum import sum_rows
+from moesys.kernels.fork import require_threads
+from moesys.kernels.native_calls import find_native_obstacle
 from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum
 
 ROW_INVARIANT = True
 HAS_BACKWARD = False
 
 
-def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> str | None:
+def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> Obstacle | None:
     """Returns why the native kernel cannot take a checked call, or None."""
-    if adapters is not None:
-        return "it computes no adapters"
     if isinstance(view, ModuleView):
-        return "it computes banks of weights, and these experts are modules"
-    return native.find_call_obstacle(
+        return Obstacle("it computes banks of weights, and these experts are modules")
+    obstacle = find_native_obstacle(
         rows.x_RD, [view.gate_up_SFD, view.down_SDF], [view.gate_up_bias_SF, view.down_bias_SD]
     )
+    if obstacle is None and adapters is not None:
+        return Obstacle("it computes no adapters", "add them to the weights (scale * b @ a)")
+    return obstacle
 
 
 def compute_experts(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None = None) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts`."""
     assert isinstance(view, BankView)
+    require_threads()
     widened = replace(
         view, gate_up_bias_SF=_widen(view.gate_up_bias_SF), down_bias_SD=_widen(view.down_bias_SD)
     )

@@ -26,9 +26,8 @@ ROW_INVARIANT = True
 HAS_BACKWARD = True
 
 
-def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> str | None:
-    """See `moesys.kernels.experts.api.Implementation`. Computes every call."""
-    return None
+def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> None:
+    """See `moesys.kernels.experts.implementations.Implementation`. Computes every call."""
 
 
 def compute_experts(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None = None) -> Tensor:

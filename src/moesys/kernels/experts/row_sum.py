@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesys.kernels.derivatives import is_transformed
 from moesys.kernels.records import TokenSum
 
 
@@ -27,6 +28,8 @@ def _sum(y_AD: Tensor, token_sum: TokenSum, weights: Tensor | None) -> Tensor:
     if token_sum.positions.shape[0] == 0:
         # A sum of no rows is zero and keeps the result in the autograd graph.
         return y_AD.new_zeros(token_sum.num_results, y_AD.shape[1]) + y_AD[:0].sum(dim=0)
+    if is_transformed(y_AD, weights):
+        return _sum_gathered(y_AD, token_sum, weights)
     return torch.nn.functional.embedding_bag(
         token_sum.positions,
         y_AD,
@@ -35,3 +38,14 @@ def _sum(y_AD: Tensor, token_sum: TokenSum, weights: Tensor | None) -> Tensor:
         per_sample_weights=weights,
         include_last_offset=True,
     )
+
+
+def _sum_gathered(y_AD: Tensor, token_sum: TokenSum, weights: Tensor | None) -> Tensor:
+    """The same sum by operations that torch can differentiate forwards and batch."""
+    rows_AD = y_AD[token_sum.positions]
+    if weights is not None:
+        rows_AD = rows_AD * weights.unsqueeze(1)
+    result_ids = torch.arange(token_sum.num_results, device=y_AD.device).repeat_interleave(
+        token_sum.offsets.diff()
+    )
+    return y_AD.new_zeros(token_sum.num_results, y_AD.shape[1]).index_add(0, result_ids, rows_AD)

@@ -5,8 +5,8 @@ buffer (indexing a stacked bank under autograd zero-fills a bank per expert), on
 for the backward pass, and the pieces of one expert stay in the cache of the core while it is computed. The
 backward pass makes no product for an input that needs no gradient, such as a frozen bank.
 
-Float weights without adapters go this way. Int8 weights, adapters and the user's own modules are functions per
-expert under plain autograd.
+Float weights without adapters go this way, by the products of `moesys.kernels.products`. Int8 weights, adapters, the
+user's own modules and other derivatives than a gradient are functions per expert under plain autograd.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesys.kernels.choice import Kernel, read_wish, use_kernel
+from moesys.kernels.derivatives import is_transformed
 from moesys.kernels.experts.activations import activate, linearize
 from moesys.kernels.experts.bank_functions import make_functions
 from moesys.kernels.experts.modules import compute_functions, find_functions
@@ -31,9 +33,8 @@ ROW_INVARIANT = False
 HAS_BACKWARD = True
 
 
-def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> str | None:
-    """See `moesys.kernels.experts.api.Implementation`. Computes every call."""
-    return None
+def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None) -> None:
+    """See `moesys.kernels.experts.implementations.Implementation`. Computes every call."""
 
 
 def compute_experts(rows: Rows, view: BankView | ModuleView, adapters: Adapters | None = None) -> Tensor:
@@ -75,14 +76,20 @@ class _Sum(NamedTuple):
 
 
 def _compute(rows: Rows, view: BankView, adapters: Adapters | None, weighted: _Sum | None) -> Tensor:
-    if adapters is not None or isinstance(view.gate_up_SFD, Int8Weight):
+    weights_A, token_sum = (None, None) if weighted is None else weighted
+    is_plain = adapters is not None or isinstance(view.gate_up_SFD, Int8Weight)
+    if is_plain or _is_transformed(rows, view, weights_A):
         y_AD = compute_functions(rows, make_functions(view, adapters))
         return y_AD if weighted is None else sum_rows(y_AD, *weighted)
-    weights_A, token_sum = (None, None) if weighted is None else weighted
     # Inside `forward` grad mode is always off, so whether anything will be kept is asked here.
-    call = _Call(rows, view, token_sum, keeps=torch.is_grad_enabled())
+    call = _Call(rows, view, token_sum, keeps=torch.is_grad_enabled(), wish=read_wish())
     biases = (view.gate_up_bias_SF, view.down_bias_SD)
     return _Experts.apply(rows.x_RD, view.gate_up_SFD, view.down_SDF, *biases, weights_A, call)  # pyrefly: ignore
+
+
+def _is_transformed(rows: Rows, view: BankView, weights_A: Tensor | None) -> bool:
+    banks = (view.gate_up_SFD, view.down_SDF, view.gate_up_bias_SF, view.down_bias_SD)
+    return is_transformed(rows.x_RD, *banks, weights_A)
 
 
 class _Call(NamedTuple):
@@ -92,6 +99,7 @@ class _Call(NamedTuple):
     view: BankView
     token_sum: TokenSum | None
     keeps: bool
+    wish: Kernel
 
 
 class _Group(NamedTuple):
@@ -142,7 +150,7 @@ class _Experts(torch.autograd.Function):
                 y_AD if needs_weights else None,
             )  # fmt: skip
             ctx.groups, ctx.rows, ctx.token_sum = groups, rows, call.token_sum
-            ctx.form, ctx.is_complete = view.form, view.covers_all
+            ctx.form, ctx.is_complete, ctx.wish = view.form, view.covers_all, call.wish
         return (
             y_AD if weights_A is None or call.token_sum is None else sum_rows(y_AD, weights_A, call.token_sum)
         )
@@ -150,54 +158,57 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
-        x_RD, gate_up_SFD, down_SDF, gate_up_bias_SF, down_bias_SD, weights_A, hidden_AH, y_AD = (
-            ctx.saved_tensors
-        )
-        rows: Rows = ctx.rows
-        grad = grad.contiguous()
-        result_ids = None if weights_A is None else ctx.token_sum.compute_result_ids(rows.num_assignments)
-        weights_A1 = None if weights_A is None else weights_A.to(x_RD.dtype).unsqueeze(1)
-        banks = (gate_up_SFD, down_SDF, gate_up_bias_SF, down_bias_SD)
-        grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = (
-            _BankGradient(bank, ctx.groups) if needed else None
-            for bank, needed in zip(banks, ctx.needs_input_grad[1:5], strict=True)
-        )
-        grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete) if ctx.needs_input_grad[0] else None
-        needs_hidden = any(g is not None for g in (grad_x_AD, grad_gate_up, grad_gate_up_bias))
-        grad_weights = None if y_AD is None else torch.zeros_like(weights_A)
-        for slot, start, end in ctx.groups:
-            if result_ids is None or weights_A1 is None:
-                grad_y_ND = grad[start:end]
-            else:
-                grad_y_ND = grad.index_select(0, result_ids[start:end])
-                if grad_weights is not None:
-                    products_ND = grad_y_ND * y_AD[start:end]
-                    grad_weights[start:end] = products_ND.sum(dim=1, dtype=weights_A.dtype)
-                grad_y_ND.mul_(weights_A1[start:end])
-            if grad_down_bias is not None:
-                grad_down_bias.add_sum(slot, grad_y_ND)
-            activation = linearize(hidden_AH[start:end], ctx.form)
-            if grad_down is not None:
-                grad_down.add_product(slot, grad_y_ND.t(), activation.compute_inner())
-            if not needs_hidden:
-                continue
-            grad_inner_NF = multiply(grad_y_ND, down_SDF[slot].to(grad_y_ND.dtype))
-            grad_hidden_NH = activation.compute_hidden_gradient(grad_inner_NF)
-            if grad_gate_up_bias is not None:
-                grad_gate_up_bias.add_sum(slot, grad_hidden_NH)
-            if grad_gate_up is not None:
-                x_ND = x_RD.index_select(0, rows.row_ids[start:end])
-                grad_gate_up.add_product(slot, grad_hidden_NH.t(), x_ND)
-            if grad_x_AD is not None:
-                weight_HD = gate_up_SFD[slot].to(grad_hidden_NH.dtype)
-                multiply(grad_hidden_NH, weight_HD, grad_x_AD[start:end])
-        gradients = (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
-        return (
-            None if grad_x_AD is None else add_rows(grad_x_AD, _invert(rows)),
-            *(None if gradient is None else gradient.tensor for gradient in gradients),
-            grad_weights,
-            None,
-        )
+        with use_kernel(ctx.wish):
+            return _compute_gradients(ctx, grad)
+
+
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_RD, gate_up_SFD, down_SDF, gate_up_bias_SF, down_bias_SD, weights_A, hidden_AH, y_AD = ctx.saved_tensors
+    rows: Rows = ctx.rows
+    grad = grad.contiguous()
+    result_ids = None if weights_A is None else ctx.token_sum.compute_result_ids(rows.num_assignments)
+    weights_A1 = None if weights_A is None else weights_A.to(x_RD.dtype).unsqueeze(1)
+    banks = (gate_up_SFD, down_SDF, gate_up_bias_SF, down_bias_SD)
+    grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = (
+        _BankGradient(bank, ctx.groups) if needed else None
+        for bank, needed in zip(banks, ctx.needs_input_grad[1:5], strict=True)
+    )
+    grad_x_AD = _new_rows(x_RD, rows, is_complete=ctx.is_complete) if ctx.needs_input_grad[0] else None
+    needs_hidden = any(g is not None for g in (grad_x_AD, grad_gate_up, grad_gate_up_bias))
+    grad_weights = None if y_AD is None else torch.zeros_like(weights_A)
+    for slot, start, end in ctx.groups:
+        if result_ids is None or weights_A1 is None:
+            grad_y_ND = grad[start:end]
+        else:
+            grad_y_ND = grad.index_select(0, result_ids[start:end])
+            if grad_weights is not None:
+                products_ND = grad_y_ND * y_AD[start:end]
+                grad_weights[start:end] = products_ND.sum(dim=1, dtype=weights_A.dtype)
+            grad_y_ND.mul_(weights_A1[start:end])
+        if grad_down_bias is not None:
+            grad_down_bias.add_sum(slot, grad_y_ND)
+        activation = linearize(hidden_AH[start:end], ctx.form)
+        if grad_down is not None:
+            grad_down.add_product(slot, grad_y_ND.t(), activation.compute_inner())
+        if not needs_hidden:
+            continue
+        grad_inner_NF = multiply(grad_y_ND, down_SDF[slot].to(grad_y_ND.dtype))
+        grad_hidden_NH = activation.compute_hidden_gradient(grad_inner_NF)
+        if grad_gate_up_bias is not None:
+            grad_gate_up_bias.add_sum(slot, grad_hidden_NH)
+        if grad_gate_up is not None:
+            x_ND = x_RD.index_select(0, rows.row_ids[start:end])
+            grad_gate_up.add_product(slot, grad_hidden_NH.t(), x_ND)
+        if grad_x_AD is not None:
+            weight_HD = gate_up_SFD[slot].to(grad_hidden_NH.dtype)
+            multiply(grad_hidden_NH, weight_HD, grad_x_AD[start:end])
+    gradients = (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
+    return (
+        None if grad_x_AD is None else add_rows(grad_x_AD, _invert(rows)),
+        *(None if gradient is None else gradient.tensor for gradient in gradients),
+        grad_weights,
+        None,
+    )
 
 
 def _multiply(x_NK: Tensor, bank_SMK: Tensor, bias_SM: Tensor | None, slot: int, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The entry point of the dense product: checks the arguments, chooses an implementation, calls it."""
+"""The entry point of the dense product: checks the arguments, then computes or, in a compiler, puts down a node."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import torch
 from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.kernels.choice import Kernel, choose_kernel
+from moesys.kernels.choice import Kernel
+from moesys.kernels.derivatives import is_watched
 from moesys.kernels.formats import Int8Weight
-from moesys.kernels.linear import native, reference, torch_product
+from moesys.kernels.linear import torch_product
+from moesys.kernels.linear.implementations import compute_linear
+from moesys.kernels.linear.operator import call_linear
 from moesys.kernels.records import Weight
-
-_IMPLEMENTATIONS = {
-    Kernel.REFERENCE: reference,
-    Kernel.TORCH: torch_product,
-    Kernel.NATIVE: native,
-}
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, kernel: Kernel = Kernel.AUTO) -> Tensor:
@@ -26,23 +23,23 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, kernel: Kernel
     `KernelError` when the kernel asked for cannot take the call.
 
     ``auto`` takes the native kernel where no gradient is needed, which gives a row the same bits alone and among
-    thousands, and torch elsewhere.
+    thousands, and torch elsewhere. In ``torch.compile`` calls without gradients on a CPU are the operator
+    ``moesys::linear`` and calls with them are torch's own product.
     """
     _check(x, weight, bias)
-    return _IMPLEMENTATIONS[_choose(x, weight, bias, kernel)].linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return _trace(x, weight, bias, kernel)
+    return compute_linear(x, weight, bias, kernel)
 
 
-def _choose(x: Tensor, weight: Weight, bias: Tensor | None, kernel: Kernel) -> Kernel:
-    def find_obstacle() -> str | None:
-        return native.find_obstacle(x, weight, bias)
-
-    return choose_kernel(
-        "linear", kernel, {Kernel.NATIVE: find_obstacle, Kernel.TORCH: _none, Kernel.REFERENCE: _none}
-    )
-
-
-def _none() -> None:
-    """Torch and the reference take every checked call."""
+def _trace(x: Tensor, weight: Weight, bias: Tensor | None, kernel: Kernel) -> Tensor:
+    """Puts the product into the graph that is being captured."""
+    needs_gradient = any(is_watched(value) for value in (x, weight, bias))
+    if x.device.type == "cpu" and not needs_gradient and not _autocasts(x):
+        return call_linear(x, weight, bias, kernel)
+    if kernel is Kernel.AUTO:
+        return torch_product.linear(x, weight, bias)
+    return compute_linear(x, weight, bias, kernel)
 
 
 def _check(x: Tensor, weight: Weight, bias: Tensor | None) -> None:

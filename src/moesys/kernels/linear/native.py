@@ -5,18 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from moesys.kernels import native
+from moesys.kernels.choice import Obstacle
+from moesys.kernels.fork import require_threads
+from moesys.kernels.native_calls import find_native_obstacle
 from moesys.kernels.records import Weight
 
 ROW_INVARIANT = True
 
 
-def find_obstacle(x: Tensor, weight: Weight, bias: Tensor | None) -> str | None:
+def find_obstacle(x: Tensor, weight: Weight, bias: Tensor | None) -> Obstacle | None:
     """Returns why the native kernel cannot take a call, or None."""
-    return native.find_call_obstacle(x, [weight], [bias])
+    return find_native_obstacle(x, [weight], [bias])
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See `moesys.kernels.linear.api.linear`."""
+    require_threads()
     x_RK = x.reshape(-1, x.shape[-1])
     y_RN = native.compute_linear(x_RK, weight, None if bias is None else bias.float())
     return y_RN.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)

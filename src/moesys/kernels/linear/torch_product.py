@@ -1,4 +1,7 @@
-"""The dense product by the training kernel: every device, differentiable; bits depend on the number of rows."""
+"""The dense product by torch: every device, differentiable; bits depend on the number of rows.
+
+Chosen by ``auto`` in training, its products are those of `moesys.kernels.products`; asked for by name, torch's own.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moesys.kernels.derivatives import is_transformed
 from moesys.kernels.formats import Int8Weight
-from moesys.kernels.products import multiply
+from moesys.kernels.products import multiply, prefers_native
 from moesys.kernels.records import Weight
 from moesys.kernels.weight_product import multiply_weight
 
@@ -25,9 +29,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return y if bias is None else y + bias
     if weight.dtype is torch.bfloat16 and x.dtype is torch.float32:
         weight = weight.float()
-    if x.device.type != "cpu" or x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+    is_plain = torch.is_autocast_enabled(x.device.type) or not prefers_native(x)
+    if is_plain or is_transformed(x, weight, bias):
         return functional.linear(x, weight, bias)
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])  # pyrefly: ignore
+    x_RK = x.reshape(-1, x.shape[-1])
+    y = _Linear.apply(x_RK, weight).view(*x.shape[:-1], weight.shape[0])  # pyrefly: ignore
     return y if bias is None else y + bias
 
 

@@ -1,5 +1,5 @@
 """The product of two matrices in training, where nothing relies on a row's bits."""
 
-from moesys.kernels.products.api import multiply
+from moesys.kernels.products.api import multiply, prefers_native
 
-__all__ = ["multiply"]
+__all__ = ["multiply", "prefers_native"]

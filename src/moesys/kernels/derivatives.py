@@ -1,0 +1,31 @@
+"""Which derivatives torch is taking of a computation, beside the gradients of its backward pass.
+
+Kernels with a backward pass of their own, and those without one, know nothing of tangents and batched tensors; where
+such are at work, plain operations of torch must compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_watched(value: object) -> bool:
+    """Whether autograd will ask for a gradient of this value."""
+    return torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad
+
+
+def is_transformed(*values: object) -> bool:
+    """Whether one of the values carries a tangent (`torch.autograd.forward_ad`), or a transform of `torch.func` such as
+    ``vmap`` or ``jvp`` runs. Neither is switched off by ``torch.no_grad``. In ``torch.compile``, which captures such
+    transforms itself, the answer is no."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+    )

@@ -1,0 +1,79 @@
+"""MiniMax-M2. (MiniMax-Text-01 has linear attention, which is a mixer of its own.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesys.models.config import DecoderConfig, QKNorm
+from moesys.models.families.family import Family, require
+from moesys.models.families.keys import (
+    Keys,
+    find_attention,
+    find_moe,
+    read_attention,
+    read_decoder,
+    read_head_dim,
+    repeat,
+    write_attention,
+    write_decoder,
+)
+from moesys.models.families.mixtral import NUMBERED
+from moesys.models.families.rope_keys import read_rope, write_rope
+from moesys.models.layout import Layout, MoELayout, StackedExperts
+from moesys.moe import MoEConfig, Score
+
+_FIXED = {
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+}
+"""Keys of published files whose other values would need other arithmetic."""
+
+
+def _read_minimax_m2(keys: Keys) -> DecoderConfig:
+    for name, value in _FIXED.items():
+        found = keys.get(name, value)
+        require(found == value, f"{name} {found!r} is not supported; only {value!r} is")
+    moe = MoEConfig(
+        num_experts=keys["num_local_experts"],
+        top_k=keys["num_experts_per_tok"],
+        intermediate_size=keys["intermediate_size"],
+        score=Score.SIGMOID,
+        selection_bias=True,
+    )
+    head_dim = read_head_dim(keys)
+    parameters = keys.get("rope_parameters") or {}
+    default = keys.get("rotary_dim", head_dim) / head_dim
+    share = parameters.get("partial_rotary_factor", keys.get("partial_rotary_factor", default))
+    rope = read_rope(keys, int(head_dim * share), theta=5e6)
+    attention = read_attention(keys, rope, qk_norm=QKNorm.WHOLE)
+    return read_decoder(keys, repeat(attention, keys), (moe,) * keys["num_hidden_layers"])
+
+
+def _write_minimax_m2(config: DecoderConfig) -> dict[str, Any]:
+    moe, attention = find_moe(config), find_attention(config)
+    share = attention.rope.dim / attention.head_dim
+    return {
+        **write_decoder(config),
+        **write_attention(config),
+        **write_rope(attention.rope, config.max_positions, partial_rotary_factor=share),
+        **_FIXED,
+        "rotary_dim": attention.rope.dim,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.intermediate_size,
+    }
+
+
+def _make_layout(prefix: str, experts: Any) -> MoELayout:
+    return MoELayout(prefix, experts, selection_bias="e_score_correction_bias")
+
+
+MINIMAX_M2 = Family(
+    ("minimax_m2",),
+    "MiniMaxM2ForCausalLM",
+    Layout((_make_layout("block_sparse_moe", NUMBERED), _make_layout("mlp", StackedExperts()))),
+    _read_minimax_m2,
+    _write_minimax_m2,
+)

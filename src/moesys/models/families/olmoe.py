@@ -1,0 +1,58 @@
+"""OLMoE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesys.models.config import DecoderConfig, QKNorm
+from moesys.models.families.family import Family
+from moesys.models.families.keys import (
+    Keys,
+    find_attention,
+    find_moe,
+    read_attention,
+    read_decoder,
+    repeat,
+    write_attention,
+    write_decoder,
+)
+from moesys.models.families.qwen import NORMALIZATIONS
+from moesys.models.layout import Layout, MoELayout, SeparateExperts, StackedExperts
+from moesys.moe import MoEConfig, Normalization
+
+
+def _read_olmoe(keys: Keys) -> DecoderConfig:
+    moe = MoEConfig(
+        num_experts=keys.get("num_experts") or keys["num_local_experts"],
+        top_k=keys["num_experts_per_tok"],
+        intermediate_size=keys["intermediate_size"],
+        weighting=NORMALIZATIONS[keys.get("norm_topk_prob", False)],
+    )
+    bias = keys.get("attention_bias", False)
+    attention = read_attention(
+        keys, qk_norm=QKNorm.WHOLE, qkv_bias=bias, output_bias=bias, qkv_clip=keys.get("clip_qkv")
+    )
+    return read_decoder(keys, repeat(attention, keys), (moe,) * keys["num_hidden_layers"])
+
+
+def _write_olmoe(config: DecoderConfig) -> dict[str, Any]:
+    moe, attention = find_moe(config), find_attention(config)
+    return {
+        **write_decoder(config),
+        **write_attention(config),
+        "attention_bias": attention.qkv_bias,
+        "clip_qkv": attention.qkv_clip,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.weighting is Normalization.AFTER,
+    }
+
+
+OLMOE = Family(
+    ("olmoe",),
+    "OlmoeForCausalLM",
+    Layout((MoELayout("mlp", SeparateExperts()), MoELayout("mlp", StackedExperts()))),
+    _read_olmoe,
+    _write_olmoe,
+)
