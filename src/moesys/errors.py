@@ -11,6 +11,7 @@ MoesysError
 ├── CheckpointError (RuntimeError)       a checkpoint that cannot be written or read
 │   ├── DamagedCheckpointError           contents differ from the manifest's checksums
 │   └── DiskSpaceError (OSError)         not enough space; the old checkpoint is untouched
+├── SectionReadError (OSError)           weights on the disk cannot be read or differ from their checksum
 ├── ModelFormatError (ValueError)        a model folder or layout that moesys cannot read or write
 ├── TrainingError (RuntimeError)         training cannot go on
 │   └── NonFiniteError                   loss or gradients were NaN or Inf too many times in a row
@@ -63,6 +64,10 @@ class DamagedCheckpointError(CheckpointError):
 
 class DiskSpaceError(CheckpointError, OSError):
     """There is not enough disk space for what was to be written."""
+
+
+class SectionReadError(MoesysError, OSError):
+    """Weights on the disk cannot be read, or are not what they were."""
 
 
 class ModelFormatError(MoesysError, ValueError):

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
+from moesys.errors import ConfigError
+
 _BINARY_STEPS = ("B", "KiB", "MiB", "GiB", "TiB")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)")
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Returns the bytes of a size such as ``8GiB`` or ``1.5 MiB``; raises `ConfigError` that names the option."""
+    found = _SIZE.fullmatch(text.strip())
+    num_bytes = int(float(found[1]) * 1024 ** _BINARY_STEPS.index(found[2])) if found else 0
+    if num_bytes < 1:
+        raise ConfigError(
+            f"{option} ({text!r}) must be a size above 0 with a unit of {', '.join(_BINARY_STEPS)}; try 8GiB"
+        )
+    return num_bytes
 
 
 def format_bytes(num_bytes: float) -> str:

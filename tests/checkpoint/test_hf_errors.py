@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from moesys.checkpoint import hf, load_model, save_model
 from moesys.errors import ModelFormatError
 from moesys.models import (
+    FAMILIES,
     AttentionConfig,
     Decoder,
     DecoderConfig,
@@ -25,6 +28,7 @@ from moesys.models import (
 from moesys.moe import MoEConfig
 
 WEIGHTS = "model.safetensors"
+HEAD = "lm_head.weight"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -45,11 +49,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sharded(tmp_path: Path) -> Path:
     path = tmp_path / "sharded"
     path.mkdir()
-    monkeypatch.setattr(hf, "_MAX_SHARD_BYTES", 2000)
-    save_model(make_decoder(), path, torch.float32, {})
+    save_model(make_decoder(), path, torch.float32, {}, max_shard_bytes=2000)
     return path
 
 
@@ -75,7 +78,9 @@ def assert_refused(folder: Path, *words: str) -> None:
 def test_a_whole_folder_loads_and_tells_its_progress(folder: Path) -> None:
     seen: list[tuple[int, int]] = []
     model = load_model(folder, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(i + 1, len(seen)) for i in range(len(load_file(folder / WEIGHTS)))]
+    total = sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS).values())
+    assert seen[-1] == (total, total)
+    assert all(before < after for (before, _), (after, _) in itertools.pairwise(seen))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -94,7 +99,13 @@ def test_a_run_must_be_exported_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("contents", "word"),
-    [(b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[1]", "must hold a JSON object")],
+    [
+        (b"{", "must hold a JSON object"),
+        (b"\xff", "must hold a JSON object"),
+        (b"[1]", "its JSON is not an object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": {"b": 1, "b": 1}}', "its JSON has the name 'b' twice"),
+    ],
 )
 def test_a_config_that_is_no_object(folder: Path, contents: bytes, word: str) -> None:
     (folder / "config.json").write_bytes(contents)
@@ -102,30 +113,47 @@ def test_a_config_that_is_no_object(folder: Path, contents: bytes, word: str) ->
 
 
 def test_an_unknown_family_names_those_that_are_known(folder: Path) -> None:
-    edit_config(folder, model_type="qwen2_moe")
-    assert_refused(folder, "'qwen2_moe' is not supported", "qwen3_moe, mixtral", "the nearest is 'qwen3_moe'")
+    edit_config(folder, model_type="qwen4_moe")
+    assert_refused(folder, "'qwen4_moe' is not supported", "qwen3_moe, mixtral", "the nearest is 'qwen3_moe'")
     edit_config(folder, model_type="gpt2")
-    assert_refused(folder, "'gpt2' is not supported (supported: qwen3_moe, mixtral)")
+    assert_refused(folder, "'gpt2' is not supported (supported: qwen3_moe, mixtral, ")
+    edit_config(folder, model_type=KeyError)
+    assert_refused(folder, "model_type '' is not supported")
+
+
+def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
+    code = {"AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"}
+    (folder / "modeling_evil.py").write_text("raise SystemExit('run')")
+    edit_config(folder, auto_map=code)
+    assert load_model(folder).config == make_decoder().config
+    edit_config(folder, model_type="evil")
+    assert_refused(
+        folder, "'evil' is not supported", "auto_map asks for code of the checkpoint", "never runs"
+    )
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "bitsandbytes"])
+def test_quantisations_that_are_not_decoded_are_refused_by_name(folder: Path, method: str) -> None:
+    edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    assert_refused(folder, f"quant_method '{method}'", "supported: fp8", "mxfp4", "give unquantised weights")
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["rope_type 'yarn'"]),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
-        ({"rope_parameters": {"type": "linear", "rope_theta": 1e4}}, ["['type'] are not supported"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "only null is"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["rope_type 'dynamic'"]),
+        ({"rope_parameters": {"type": "linear", "rope_theta": 1e4}}, ["needs the key 'factor'"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "only 'silu' is"]),
+        ({"quantization_config": {"bits": 4}}, ["names no quant_method", "supported: fp8"]),
+        ({"quantization_config": "fp8"}, ["names no quant_method"]),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, ["fmt 'e5m2'", "'e4m3'"]),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            ["quantization_config", "give unquantised weights"],
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
+            ["weight_block_size must be two whole numbers above 0 or null, got [128, 0]"],
         ),
         ({"dtype": "float64"}, ["dtype 'float64'", "supported: float32, bfloat16, float16"]),
         ({"dtype": ["float32"]}, ["dtype ['float32']"]),
         ({"hidden_size": KeyError}, ["lacks the key 'hidden_size' that a qwen3_moe needs"]),
-        ({"num_key_value_heads": KeyError}, ["lacks the key 'num_key_value_heads'"]),
-        ({"rope_parameters": None, "rope_theta": KeyError}, ["lacks the key 'rope_theta'"]),
-        ({"use_sliding_window": True, "sliding_window": KeyError}, ["lacks the key 'sliding_window'"]),
         ({"num_attention_heads": 0, "head_dim": None}, ["config.json holds a value that no qwen3_moe has"]),
         ({"num_hidden_layers": "two"}, ["config.json holds a value that no qwen3_moe has"]),
         ({"decoder_sparse_step": 0}, ["config.json holds a value that no qwen3_moe has"]),
@@ -136,19 +164,65 @@ def test_configs_that_cannot_be_read(folder: Path, changes: dict[str, Any], word
     assert_refused(folder, *words)
 
 
-def test_missing_and_unexpected_tensors_are_named(folder: Path) -> None:
+def test_missing_and_unexpected_tensors_are_all_told(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"strange": torch.zeros(1)}))
-    assert_refused(folder, "0 missing [], 1 not expected ['strange']")
+    assert_refused(
+        folder, "do not fit its config.json (qwen3_moe; 0 missing, 1 not expected", "not expected: strange"
+    )
     edit_tensors(folder, lambda tensors: tensors.pop(Q_PROJ))
-    assert_refused(folder, f"1 missing ['{Q_PROJ}'], 1 not expected")
+    assert_refused(folder, "1 missing, 1 not expected", f"missing: {Q_PROJ} (24, 12)")
 
 
-def test_a_copy_of_the_tied_head_is_let_pass_but_no_head_is_made_up(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(23, 12)}))
+def test_what_is_missing_of_many_experts_is_one_line(folder: Path) -> None:
+    names = [name for name in load_file(folder / WEIGHTS) if ".experts." in name and "up_proj" in name]
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
+    assert_refused(folder, "missing: model.layers.0.mlp.experts.{0-3}.up_proj.weight (6, 12) (4 tensors)")
+
+
+def test_tensors_that_are_computed_are_let_pass(folder: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(3)}))
+    assert load_model(folder).config == make_decoder().config
+
+
+def test_a_copy_of_the_tied_head_stays_tied(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"].clone()}))
     assert load_model(folder).head is None
-    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+
+
+def test_a_head_that_differs_from_the_embedding_is_used(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({HEAD: torch.ones(23, 12)}))
+    model = load_model(folder)
+    assert torch.equal(model.head_weight_VD, torch.ones(23, 12))
+    assert "the files hold another one, which is used" in caplog.text
+
+
+def test_a_head_without_an_embedding_is_both_where_they_are_tied(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors.pop("model.embed_tokens.weight")}))
+    assert torch.equal(load_model(folder).embedding.weight, make_decoder().embedding.weight)
+
+
+def test_no_head_is_made_up(folder: Path) -> None:
     edit_config(folder, tie_word_embeddings=False)
-    assert_refused(folder, "1 missing ['lm_head.weight']")
+    assert_refused(folder, "1 missing", f"missing: {HEAD} (23, 12)")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("num_hidden_layers", ["asks for 1000000000 layers, the files hold no more than"]),
+        ("vocab_size", ["weights, the files in", "they do not belong together"]),
+        ("moe_intermediate_size", ["weights, the files in"]),
+        ("num_experts", ["weights, the files in"]),
+    ],
+)
+def test_sizes_beyond_the_files_are_refused_before_anything_is_built(
+    folder: Path, key: str, words: list[str]
+) -> None:
+    edit_config(folder, **{key: 10**9})
+    assert_refused(folder, *words)
 
 
 def test_a_wrong_shape_names_both(folder: Path) -> None:
@@ -156,9 +230,13 @@ def test_a_wrong_shape_names_both(folder: Path) -> None:
     assert_refused(folder, f"{Q_PROJ} has shape (12, 24), config.json asks for (24, 12)")
 
 
-def test_quantised_tensors_are_refused(folder: Path) -> None:
+def test_tensors_that_nothing_says_how_to_decode_are_refused(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({Q_PROJ: torch.zeros(24, 12, dtype=torch.int8)}))
-    assert_refused(folder, f"{Q_PROJ} is stored as torch.int8; quantised weights are not supported")
+    assert_refused(folder, f"{Q_PROJ} is stored as I8, of which config.json says nothing that decodes it")
+    edit_tensors(
+        folder, lambda tensors: tensors.update({Q_PROJ: torch.zeros(24, 12, dtype=torch.float8_e4m3fn)})
+    )
+    assert_refused(folder, f"{Q_PROJ} is stored as F8_E4M3, of which config.json says nothing")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 500, -1])
@@ -190,8 +268,9 @@ def test_an_index_cannot_name_files_elsewhere(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("contents", "word"),
     [
-        ("{", "is not JSON"),
+        ("{", "must hold a JSON object"),
         ("[]", "must hold a JSON object"),
+        ('{"weight_map": {}}', "must map tensors to files"),
         ("{}", "must map tensors to files in a JSON object named weight_map"),
         ('{"weight_map": [1]}', "weight_map"),
         ('{"weight_map": {"a": 1}}', "weight_map"),
@@ -204,10 +283,48 @@ def test_a_malformed_index_is_refused(folder: Path, contents: str, word: str) ->
 
 def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
-    tensors = load_file(second)
     name = sorted(load_file(first))[0]
-    save_file(tensors | {name: torch.zeros(1)}, second)
-    assert_refused(sharded, f"holds tensors that another shard holds too: ['{name}']")
+    save_file(load_file(second) | {name: torch.zeros(1)}, second)
+    assert_refused(sharded, f"{name} lies in both {first.name} and {second.name}")
+
+
+def edit_index(folder: Path, name: str, file_name: str) -> None:
+    index = json.loads((folder / hf.INDEX_NAME).read_text())
+    index["weight_map"][name] = file_name
+    (folder / hf.INDEX_NAME).write_text(json.dumps(index))
+
+
+def test_an_index_must_agree_with_its_shards(sharded: Path) -> None:
+    first, second = sorted(path.name for path in sharded.glob("*.safetensors"))[:2]
+    name = sorted(load_file(sharded / first))[0]
+    edit_index(sharded, name, second)
+    assert_refused(sharded, f"says that {name} lies in {second}; it lies in {first}")
+    edit_index(sharded, name, first)
+    edit_index(sharded, "ghost", first)
+    assert_refused(sharded, f"says that ghost lies in {first}; it lies in no other file")
+
+
+def test_all_that_is_wrong_with_the_files_is_told_at_once(sharded: Path) -> None:
+    first, second, third = sorted(sharded.glob("*.safetensors"))[:3]
+    first.unlink()
+    second.write_bytes(b"")
+    third.unlink()
+    os.mkfifo(third)
+    assert_refused(
+        sharded, f"{first.name} is missing", f"{second} is not a whole", f"{third.name} is missing"
+    )
+
+
+def test_one_file_beside_an_index_of_others_is_ambiguous(sharded: Path) -> None:
+    save_file({"x": torch.zeros(1)}, sharded / WEIGHTS)
+    assert_refused(sharded, "and an index of other files, and they may differ; remove one of the two")
+
+
+def test_links_lead_to_the_files_as_in_the_cache_of_the_hub(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (folder / WEIGHTS).rename(tmp_path / "blobs" / "1f")
+    (folder / WEIGHTS).symlink_to(tmp_path / "blobs" / "1f")
+    assert load_model(folder).config == make_decoder().config
 
 
 def test_float16_is_read_as_float32(folder: Path) -> None:
@@ -216,6 +333,13 @@ def test_float16_is_read_as_float32(folder: Path) -> None:
     model = load_model(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.embedding.weight, make_decoder().embedding.weight.half().float())
+
+
+def test_a_layout_can_be_asked_for(tmp_path: Path) -> None:
+    families = {family.model_type: family for family in FAMILIES}
+    assert save_model(make_decoder(), tmp_path, torch.float32, {}).family.model_type == "qwen3_moe"
+    with pytest.raises(ModelFormatError, match="the layout mixtral does not hold this model"):
+        save_model(make_decoder(), tmp_path, torch.float32, {}, family=families["mixtral"])
 
 
 def test_shards_are_no_larger_than_asked_unless_a_tensor_is(sharded: Path) -> None:

@@ -92,14 +92,11 @@ def test_loads_with_the_same_logits(theirs: Any, tmp_path: Path, max_shard_size:
 
 
 @pytest.mark.parametrize("max_shard_bytes", [2**31, 20_000])
-def test_written_folders_load_in_transformers(
-    theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_bytes: int
-) -> None:
-    monkeypatch.setattr(hf, "_MAX_SHARD_BYTES", max_shard_bytes)
+def test_written_folders_load_in_transformers(theirs: Any, tmp_path: Path, max_shard_bytes: int) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
-    exported = save_model(ours, tmp_path / "ours", torch.float32, {})
+    exported = save_model(ours, tmp_path / "ours", torch.float32, {}, max_shard_bytes=max_shard_bytes)
     files = sorted(path.name for path in (tmp_path / "ours").iterdir())
     assert sorted(exported.files) == files
     assert ("model.safetensors" in files) == (hf.INDEX_NAME not in files) == (max_shard_bytes > 20_000)

@@ -8,7 +8,11 @@ from moesys.models import AttentionConfig, DecoderConfig, DenseConfig, RopeConfi
 from moesys.moe import MoEConfig
 
 CONFIG = DecoderConfig(
-    300, 8, (AttentionConfig(2, 1, 4, RopeConfig(4)),) * 2, (MoEConfig(4, 2, 6), DenseConfig(10)), max_positions=64
+    300,
+    8,
+    (AttentionConfig(2, 1, 4, RopeConfig(4)),) * 2,
+    (MoEConfig(4, 2, 6), DenseConfig(10)),
+    max_positions=64,
 )
 
 

@@ -38,7 +38,6 @@ def sandbox() -> TemplateSandbox:
         ("{{ strftime_now.__self__.__class__.mro() }}", "unsafe"),
         ("{{ namespace(__class__=1) }}", "underscore"),
         ("{% set ns = namespace() %}{% set ns.__init__ = 1 %}", "underscore"),
-        ("{% macro m() %}{% generation %}a{% endgeneration %}b{% endmacro %}.{{ m() }}", "has no place"),
     ],
 )  # fmt: skip
 def test_a_hostile_template_is_an_error_and_the_next_one_renders(
@@ -47,6 +46,18 @@ def test_a_hostile_template_is_an_error_and_the_next_one_renders(
     with pytest.raises(ModelFormatError, match=cause):
         sandbox.render(template, {"messages": [{"content": "hi"}]})
     assert sandbox.render("{{ a }}", {"a": "ok"}).text == "ok"
+
+
+def test_generation_blocks_have_places_unless_their_output_is_moved(sandbox: TemplateSandbox) -> None:
+    block = "{% generation %}a{% endgeneration %}"
+    assert sandbox.render(f"aa{block}.{{% if 1 %}}{block}{{% endif %}}", {}).spans == ((2, 3), (4, 5))
+    for moved in (
+        f"{{% macro m() %}}a{block}{{% endmacro %}}.{{{{ m() }}}}",
+        f"{{% set m %}}{block}{{% endset %}}aa{{{{ m }}}}",
+        f"a{{% filter trim %}}{block}{{% endfilter %}}",
+        f"{{% generation %}}a{block}{{% endgeneration %}}",
+    ):
+        assert sandbox.render(moved, {}).spans is None
 
 
 def test_a_worker_that_does_not_answer_is_replaced() -> None:

@@ -144,6 +144,22 @@ def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(form: str, weight_fo
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_experts_err_by_at_most_1_5_of_torchs_error_and_keep_their_bits(form: str) -> None:
+    """Inner widths that end within a vector, in the middle of one and with it."""
+    for inner in (32, 33, 45, 48):
+        case = make_case(*MIXED, hidden=71, inner=inner, form=FORMS[form], bias=True, dtype=torch.bfloat16)
+        wide = case.to(torch.float64)
+        oracle = compute_experts(wide.rows, wide.view, kernel=Kernel.REFERENCE)
+        ours, torchs = (
+            compute_experts(case.rows, case.view, kernel=kernel) for kernel in (Kernel.NATIVE, Kernel.TORCH)
+        )
+        assert ours.dtype is torch.bfloat16
+        assert (ours.double() - oracle).norm() <= 1.5 * (torchs.double() - oracle).norm()
+        first = Rows(case.x_RD, case.row_ids[:1], case.offsets.clamp(max=1))
+        assert torch.equal(compute_experts(first, case.view, kernel=Kernel.NATIVE), ours[:1])
+
+
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_a_slot_table_moves_experts_and_absent_ones_give_zeros(weight_format: str) -> None:
     case = make_case(*MIXED, hidden=40, inner=33, bias=True).with_format(weight_format)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesys.models import DocumentAttend
-from moesys.models.attend import _attend_masked
+from moesys.models import DocumentAttend, SoftmaxRule, compute_attention
 
 DOCUMENT_IDS = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 2, 2]])
 WINDOWS = [None, 1, 3, 6, 100]
@@ -22,10 +21,14 @@ def make_heads(num_kv_heads: int, dtype: torch.dtype = torch.float64) -> list[Te
     ]
 
 
+def make_rule(sliding_window: int | None) -> SoftmaxRule:
+    return SoftmaxRule(6**-0.5, sliding_window)
+
+
 def attend_under_mask(
     attend: DocumentAttend, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None
 ) -> Tensor:
-    return _attend_masked(q, k, v, attend._find_mask(q, sliding_window))
+    return compute_attention(q, k, v, make_rule(sliding_window), attend._find_mask(q, sliding_window))
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
@@ -33,7 +36,7 @@ def attend_under_mask(
 def test_masked_path_equals_one_call_per_document(window: int | None, num_kv_heads: int) -> None:
     attend, heads = DocumentAttend(DOCUMENT_IDS), make_heads(num_kv_heads)
     results = []
-    for y in (attend_under_mask(attend, *heads, window), attend(0, *heads, window)):
+    for y in (attend_under_mask(attend, *heads, window), attend(0, *heads, make_rule(window))):
         upstream = torch.arange(y.numel(), dtype=torch.float64).cos().view(y.shape)
         results.append([y.detach(), *torch.autograd.grad(y, heads, upstream)])
     for masked, each in zip(*results, strict=True):

@@ -10,7 +10,8 @@ from torch.nn.functional import silu
 
 from moesys.kernels import Kernel
 from moesys.models import Decoder, DocumentAttend
-from moesys.models.attend import make_causal_mask
+from moesys.models.attend import SoftmaxRule, make_causal_mask
+from moesys.models.attention import Attention
 from moesys.models.decoder import Block
 from moesys.models.norm import RMSNorm
 from moesys.moe import MoELayer, SwiGLU
@@ -50,7 +51,8 @@ def test_equals_the_formula_written_out() -> None:
     block = model.blocks[0]
     assert isinstance(block, Block)
     assert isinstance(block.feed_forward, SwiGLU)
-    a = block.attention
+    a = block.mixer
+    assert isinstance(a, Attention)
     assert a.q_norm is not None
     assert a.k_norm is not None
     x = model.embedding.weight[tokens[0]]
@@ -62,7 +64,7 @@ def test_equals_the_formula_written_out() -> None:
         scores = (q @ k.T / 6**0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
         heads.append(scores.softmax(-1) @ qkv[6 + head // 2])
     x = x + torch.cat(heads, -1) @ a.o_proj.weight.T + a.o_proj.bias
-    gate, up = (rms(x, block.post_attention_norm.weight) @ block.feed_forward.gate_up_proj.weight.T).chunk(
+    gate, up = (rms(x, block.post_mixer_norm.weight) @ block.feed_forward.gate_up_proj.weight.T).chunk(
         2, -1
     )
     x = x + (silu(gate) * up) @ block.feed_forward.down_proj.weight.T
@@ -103,9 +105,9 @@ class MaskedAttend:
     def __init__(self, visible: Tensor) -> None:
         self._visible = visible
 
-    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * rule.scale
         return torch.einsum(
             "bhqk,bkhd->bqhd", scores.masked_fill(~self._visible, float("-inf")).softmax(-1), v
         )

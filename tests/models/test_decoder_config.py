@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,19 @@ from small_models import DENSE, MOE, VOCAB, make_config, make_model
 
 from moesys.errors import ShapeError
 from moesys.kernels import Activation, ExpertForm
-from moesys.models import AttentionConfig, Role, classify_parameters
+from moesys.models import AttentionConfig, Role, RopeConfig, classify_parameters
 from moesys.moe import MoEConfig
 
 
 def test_heads_must_fit() -> None:
     with pytest.raises(ShapeError, match=r"num_heads \(4\) must be divisible by num_kv_heads \(3\)"):
-        AttentionConfig(num_heads=4, num_kv_heads=3, head_dim=8)
-    with pytest.raises(ShapeError, match=r"head_dim \(7\) must be even"):
-        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=7)
+        AttentionConfig(num_heads=4, num_kv_heads=3, head_dim=8, rope=RopeConfig(8))
+    with pytest.raises(ShapeError, match=r"rotary dimensions \(7\) must be even"):
+        RopeConfig(7)
+    with pytest.raises(ShapeError, match=r"rotary dimensions \(10\) must not exceed head_dim \(8\)"):
+        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeConfig(10))
+    with pytest.raises(ShapeError, match=r"every layer needs a mixer and a feed-forward record, got 1 and 2"):
+        replace(make_config(), mixers=make_config().mixers[:1])
 
 
 def test_matmul_parameters_by_hand() -> None:

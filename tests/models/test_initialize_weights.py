@@ -47,7 +47,7 @@ def test_no_two_experts_and_no_two_layers_are_equal() -> None:
         assert len(experts) == 8
         assert len({tuple(e.flatten().tolist()) for e in experts}) == 8
     assert not torch.equal(
-        weights["blocks.0.attention.qkv_proj.weight"], weights["blocks.1.attention.qkv_proj.weight"]
+        weights["blocks.0.mixer.qkv_proj.weight"], weights["blocks.1.mixer.qkv_proj.weight"]
     )
 
 

@@ -18,6 +18,7 @@ from moesys.moe import (
     LocalDispatcher,
     MoEConfig,
     MoELayer,
+    Normalization,
     ResidentSource,
     Routing,
     RoutingTape,
@@ -31,7 +32,8 @@ def make_layer(
     *, dtype: torch.dtype = torch.float64, shared: int = 0, normalize: bool = True, hidden: int = HIDDEN
 ) -> MoELayer:
     torch.manual_seed(0)
-    layer = MoELayer(hidden, MoEConfig(NUM_EXPERTS, TOP_K, 4, normalize, shared), layer_id=7)
+    weighting = Normalization.AFTER if normalize else Normalization.NONE
+    layer = MoELayer(hidden, MoEConfig(NUM_EXPERTS, TOP_K, 4, weighting, shared), layer_id=7)
     layer.reset_parameters(std=0.7)
     return layer.to(dtype) if dtype == torch.float64 else _cast_experts(layer, dtype)
 

@@ -87,7 +87,7 @@ def weigh_slowly(router: Router, x_TD: Tensor, choice: Choice) -> Tensor:
 def test_weights_and_gradients_equal_slow_loop(
     selection: Selection, score: Score, normalization: Normalization
 ) -> None:
-    router = make_router(selection, score=score, weighting=normalization, scale=2.5)
+    router = make_router(selection, score=score, normalization=normalization, scale=2.5)
     x = make_x().requires_grad_()
     routing = router(x)
     expected = weigh_slowly(router, x, routing.choice)
@@ -112,7 +112,7 @@ def test_the_distribution_of_each_token_sums_to_one(score: Score, selection: Sel
 
 def test_before_and_after_agree_for_softmax_and_differ_for_sigmoid() -> None:
     def weigh(score: Score, normalization: Normalization) -> Tensor:
-        return make_router(TopK(3), score=score, weighting=normalization)(make_x()).weights
+        return make_router(TopK(3), score=score, normalization=normalization)(make_x()).weights
 
     before, after = Normalization.BEFORE, Normalization.AFTER
     torch.testing.assert_close(weigh(Score.SOFTMAX, before), weigh(Score.SOFTMAX, after))
@@ -128,7 +128,7 @@ def test_a_threshold_makes_a_ragged_routing() -> None:
 
 
 def test_the_bias_changes_the_choice_and_no_weight() -> None:
-    router = make_router(TopK(2), score=Score.SIGMOID, weighting=Normalization.AFTER, bias=True)
+    router = make_router(TopK(2), score=Score.SIGMOID, normalization=Normalization.AFTER, bias=True)
     x = make_x()
     before = router(x)
     assert router.selection_bias_E is not None
@@ -148,7 +148,7 @@ def test_the_bias_is_saved_with_the_model_and_not_trained() -> None:
 
 
 def test_experts_whose_scores_underflow_get_finite_weights_and_gradients() -> None:
-    router = make_router(TopK(1), weighting=Normalization.AFTER, bias=True, dtype=torch.float32)
+    router = make_router(TopK(1), normalization=Normalization.AFTER, bias=True, dtype=torch.float32)
     assert router.selection_bias_E is not None
     router.selection_bias_E[0] = 10.0
     with torch.no_grad():
@@ -187,7 +187,7 @@ def assert_same(first: Routing, second: Routing) -> None:
 def test_a_given_choice_is_used_and_weighed_with_gradients(
     selection: Selection, normalization: Normalization
 ) -> None:
-    router, x = make_router(selection, weighting=normalization), make_x().requires_grad_()
+    router, x = make_router(selection, normalization=normalization), make_x().requires_grad_()
     routing = router(x)
     assert_same(router(x, given=routing.choice), routing)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_given_choice_is_used_and_weighed_with_gradients(
 
 def test_tasks_that_own_an_expert_each_get_the_weight_one() -> None:
     tasks = torch.tensor([[3], [0], [3]])
-    routing = make_router(weighting=Normalization.AFTER)(make_x(3), given=Choice.from_table(tasks))
+    routing = make_router(normalization=Normalization.AFTER)(make_x(3), given=Choice.from_table(tasks))
     assert routing.expert_ids.tolist() == [3, 0, 3]
     assert routing.weights.tolist() == [1.0, 1.0, 1.0]
     assert routing.fixed_k == 1
@@ -215,7 +215,7 @@ def test_a_given_choice_of_other_tokens_is_an_error() -> None:
 @pytest.mark.parametrize("selection", SELECTIONS, ids=str)
 @pytest.mark.parametrize("score", list(Score))
 def test_same_input_same_bits_and_float32_whatever_the_model(score: Score, selection: Selection) -> None:
-    router = make_router(selection, score=score, weighting=Normalization.AFTER, dtype=torch.float32)
+    router = make_router(selection, score=score, normalization=Normalization.AFTER, dtype=torch.float32)
     x = make_x(64, torch.bfloat16)
     first = router(x)
     assert first.weights.dtype == first.logits_TE.dtype == first.scores_TE.dtype == torch.float32
@@ -227,7 +227,7 @@ def test_same_input_same_bits_and_float32_whatever_the_model(score: Score, selec
 @pytest.mark.parametrize("normalization", list(Normalization))
 @pytest.mark.parametrize("score", list(Score))
 def test_gradcheck_through_the_weights(score: Score, normalization: Normalization) -> None:
-    router = make_router(Threshold(4, 0.1), score=score, weighting=normalization)
+    router = make_router(Threshold(4, 0.1), score=score, normalization=normalization)
     x = make_x(4)
     choice = router(x).choice
     check: Callable[[Tensor], Tensor] = lambda x: router(x, given=choice).weights  # noqa: E731
@@ -237,12 +237,12 @@ def test_gradcheck_through_the_weights(score: Score, normalization: Normalizatio
 def test_no_tokens() -> None:
     for selection in SELECTIONS:
         for normalization in Normalization:
-            routing = make_router(selection, weighting=normalization)(make_x(0))
+            routing = make_router(selection, normalization=normalization)(make_x(0))
             assert (routing.num_tokens, routing.num_assignments) == (0, 0)
 
 
 def test_large_logits_do_not_overflow() -> None:
-    router = make_router(TopK(2), weighting=Normalization.BEFORE, dtype=torch.float32)
+    router = make_router(TopK(2), normalization=Normalization.BEFORE, dtype=torch.float32)
     with torch.no_grad():
         router.weight_ED.mul_(1e4)
     weights = router(make_x(dtype=torch.float32)).weights.view(-1, 2)

@@ -11,7 +11,7 @@ from tiny_runs import start
 from moesys.config import load_config
 from moesys.errors import ConfigError
 from moesys.kernels import Activation, ExpertForm
-from moesys.models import DenseConfig
+from moesys.models import AttentionConfig, DenseConfig, NormConfig, RopeConfig
 from moesys.moe import BalanceScope, Capacity, DropBy, MoEConfig, MoELayer, Normalization, Score, Threshold
 from moesys.training.build import (
     build_decoder_config,
@@ -36,13 +36,12 @@ def test_every_model_setting_arrives() -> None:
          "model.tie_embeddings=false"],
     )  # fmt: skip
     built = build_decoder_config(config.model, vocab_size=301, max_positions=33)
-    assert built.feed_forwards == (DenseConfig(7), MoEConfig(5, 3, 11, False, 13))
-    attention = built.attention
-    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (3, 1, 6)
-    assert (attention.qk_norm, attention.qkv_bias, attention.output_bias) == (False, True, True)
-    assert (attention.sliding_window, attention.rope_theta) == (9, 77.0)
+    assert built.feed_forwards == (DenseConfig(7), MoEConfig(5, 3, 11, Normalization.NONE, 13))
+    assert built.mixers == 2 * (
+        AttentionConfig(3, 1, 6, RopeConfig(6, 77.0), qkv_bias=True, output_bias=True, sliding_window=9),
+    )
     assert (built.vocab_size, built.hidden_size, built.max_positions) == (301, 24, 33)
-    assert (built.norm_epsilon, built.tie_embeddings) == (1e-3, False)
+    assert (built.norm, built.tie_embeddings) == (NormConfig(1e-3), False)
 
 
 def test_every_router_setting_arrives() -> None:

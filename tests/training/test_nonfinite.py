@@ -47,7 +47,7 @@ def test_a_skipped_step_leaves_every_bit(corpus: Path, tmp_path: Path) -> None:
     ("parameter", "place"),
     [
         ("embedding.weight", "the parameter embedding.weight"),
-        ("blocks.1.attention.qkv_proj.weight", "the parameter blocks.1.attention.qkv_proj.weight"),
+        ("blocks.1.mixer.qkv_proj.weight", "the parameter blocks.1.mixer.qkv_proj.weight"),
         ("blocks.0.feed_forward.experts.down_EDF", "the parameter blocks.0.feed_forward.experts.down_EDF"),
         ("blocks.0.feed_forward.router.weight_ED", "the parameter blocks.0.feed_forward.router.weight_ED"),
     ],
@@ -70,9 +70,9 @@ def test_activations_that_overflow_are_traced_to_their_layer(
     corpus: Path, tmp_path: Path, layer: int
 ) -> None:
     trainer = start(corpus, tmp_path / "run", "training.max_skipped_steps=2")
-    attention = trainer.model.blocks[layer].attention
+    attention = trainer.model.blocks[layer].mixer
     attention.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-    with pytest.raises(NonFiniteError, match=f"it began in layer {layer}, attention"):
+    with pytest.raises(NonFiniteError, match=f"it began in layer {layer}, mixer"):
         trainer.train()
 
 
@@ -115,7 +115,7 @@ def test_a_nan_batch_is_found_in_whichever_micro_batch_it_is(corpus: Path, tmp_p
     [
         ("embedding", "the embedding"),
         ("blocks.0.feed_forward", "layer 0, feed_forward"),
-        ("blocks.1.post_attention_norm", "layer 1, post_attention_norm"),
+        ("blocks.1.post_mixer_norm", "layer 1, post_mixer_norm"),
         ("final_norm", "the final norm"),
     ],
 )
@@ -183,9 +183,9 @@ def spoil_gradient(module: nn.Module, only_weight: bool = False) -> None:
 
 def test_gradients_alone_are_the_backward_passs_fault(corpus: Path, tmp_path: Path) -> None:
     trainer = start(corpus, tmp_path / "run", "training.max_skipped_steps=1")
-    spoil_gradient(trainer.model.blocks[0].attention)
+    spoil_gradient(trainer.model.blocks[0].mixer)
     before = {key: tensor.clone() for key, tensor in trainer.optimizer.export_state().items()}
-    with pytest.raises(NonFiniteError, match=r"it began in the backward pass of layer 0, attention \(every"):
+    with pytest.raises(NonFiniteError, match=r"it began in the backward pass of layer 0, mixer \(every"):
         trainer.train()
     after = trainer.optimizer.export_state()
     assert before.keys() == after.keys()
@@ -201,9 +201,9 @@ def test_gradients_alone_are_the_backward_passs_fault(corpus: Path, tmp_path: Pa
     ("module", "place"),
     [
         ("blocks.0.input_norm", "layer 0, input_norm"),
-        ("blocks.0.attention", "layer 0, attention"),
+        ("blocks.0.mixer", "layer 0, mixer"),
         ("blocks.0.feed_forward", "layer 0, feed_forward"),
-        ("blocks.1.post_attention_norm", "layer 1, post_attention_norm"),
+        ("blocks.1.post_mixer_norm", "layer 1, post_mixer_norm"),
         ("blocks.1.feed_forward", "layer 1, feed_forward"),
         ("final_norm", "the final norm"),
     ],

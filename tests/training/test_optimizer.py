@@ -77,7 +77,7 @@ def test_decay_goes_by_role_and_reaches_experts_without_tokens() -> None:
     assert kept == {name for name, _ in model.named_parameters() if not is_decayed(name)}
     assert "blocks.0.feed_forward.experts.down_EDF" in shrunk
     assert "head.weight" in shrunk
-    assert "blocks.0.attention.qkv_proj.bias" in kept
+    assert "blocks.0.mixer.qkv_proj.bias" in kept
 
 
 def test_moments_of_an_expert_without_tokens_decay() -> None:

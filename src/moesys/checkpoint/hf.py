@@ -1,32 +1,57 @@
-"""Model folders in Hugging Face layout, read and written one tensor at a time.
+"""Model folders in Hugging Face layout: from a folder to our decoder, and back.
 
-Reading fills the model's own parameters through the views that a `Family` lists; writing streams the same views
-into safetensors shards. Peak memory is the model plus one tensor. No code from a checkpoint is ever run.
+Reading checks names and shapes against the headers of the files before any weight has memory, then streams every
+tensor into its place; writing streams the same views into safetensors shards. Peak memory is the model and some tens of
+MiB. No code from a checkpoint is ever run, and what a folder says is believed only where nothing contradicts it.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from moesys.checkpoint.files import DEFAULT, FileSystem, WrittenFile
-from moesys.checkpoint.safetensors_file import write_safetensors
+from moesys.checkpoint.model_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    FileTensor,
+    describe_problems,
+    have_equal_bytes,
+    open_model_files,
+    read_json_object,
+)
+from moesys.checkpoint.name_pattern import summarise_names
+from moesys.checkpoint.quantization import QUANTIZATION_KEY, Fp8Blocks, read_fp8_blocks
+from moesys.checkpoint.safetensors_file import record_tensor, write_chunks
+from moesys.checkpoint.stored_chunks import iterate_chunks
+from moesys.checkpoint.streaming import stream
+from moesys.checkpoint.tensor_source import TensorSource, find_source, list_expected
+from moesys.checkpoint.weight_memory import allocate_weight
 from moesys.errors import ModelFormatError, MoesysError
-from moesys.models import FAMILIES, Decoder, DecoderConfig, Family, StoredTensor, choose_family
+from moesys.models import (
+    FAMILIES,
+    REFUSED,
+    Decoder,
+    DecoderConfig,
+    Family,
+    StoredTensor,
+    choose_family,
+    make_skeleton,
+)
 from moesys.moe import Router
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-_MAX_SHARD_BYTES = 2 * 2**30
+DEFAULT_SHARD_BYTES = 2 * 2**30
+
+_EMBEDDING_NAME = "model.embed_tokens.weight"
+_HEAD_NAME = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -42,26 +67,27 @@ def load_model(
     dtype: torch.dtype | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Decoder:
-    """Loads a checkpoint folder into our decoder.
+    """Loads a checkpoint folder into our decoder, for inference.
 
-    dtype: of the weights; None keeps the checkpoint's, float32 where that is float16. Routers are float32 always.
-    ``on_progress`` gets (tensors read, tensors). Raises `ModelFormatError` for a folder, family or tensor that does
-    not fit.
+    dtype: of the weights; None keeps what ``config.json`` names, float32 where that is float16. Routers are float32
+    always. FP8 and MXFP4 weights become ``dtype`` too: no kernel takes them as they are. ``on_progress`` gets (bytes
+    read, bytes to read), of the weights without their scales.
+
+    Raises `ModelFormatError` for a folder, family or tensor that does not fit; it lists all that are missing, not
+    expected or of a wrong shape.
     """
     keys = read_config_file(folder)
     family = find_family(keys)
-    config = _read_decoder_config(folder / "config.json", family, keys)
-    with torch.device("meta"):
-        model = Decoder(config)
-    _materialise(model, dtype or _read_dtype(keys))
-    with ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        wanted = family.list_tensors(model, tensors.keys())
-        found = {name for name in tensors if not family.layout.ignores(name, config.num_layers)}
-        _check_names(folder, found, {stored.name for stored in wanted}, is_tied=config.tie_embeddings)
-        for done, stored in enumerate(wanted):
-            _copy_tensor(stored, tensors[stored.name])
-            on_progress(done + 1, len(wanted))
+    fp8 = read_fp8_blocks(keys)
+    with open_model_files(folder) as tensors:
+        _check_num_layers(keys, tensors)
+        config = read_decoder_config(folder / "config.json", family, keys)
+        config, tensors = _resolve_head(config, tensors)
+        model = _build_on_meta(folder, family, config, tensors)
+        find_sources(folder, family, model, tensors, fp8)
+        _materialise(model, dtype or read_dtype(keys))
+        sources = find_sources(folder, family, model, tensors, fp8)
+        _stream_sources(sources, on_progress)
     return model.eval().requires_grad_(False)
 
 
@@ -71,22 +97,25 @@ def save_model(
     dtype: torch.dtype,
     extra_config: Mapping[str, Any],
     files: FileSystem = DEFAULT,
+    *,
+    family: Family | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> ExportedWeights:
     """Writes ``config.json`` and the weights of a model as ``dtype`` into an existing folder.
 
-    extra_config: further keys of ``config.json``, such as token ids. Raises `ModelFormatError` when no layout
-    holds the model.
+    extra_config: further keys of ``config.json``, such as token ids. family: whose layout is written; None takes the
+    first that holds the model. max_shard_bytes: of the weights in one file, unless a single tensor is larger. Raises
+    `ModelFormatError` when no layout holds the model, or the one asked for does not.
     """
-    family = choose_family(model.config)
-    shards = _plan_shards([(s.name, s.view) for s in family.list_tensors(model)], dtype)
+    family = _choose_family(model.config, family)
+    shards = _plan_shards(family.list_tensors(model), dtype, max_shard_bytes)
     names = [SINGLE_NAME] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
     ]  # fmt: skip
-    written = {}
-    for name, shard in zip(names, shards, strict=True):
-        written[name] = write_safetensors(
-            folder / name, shard, dtype=dtype, metadata={"format": "pt"}, files=files
-        )
+    written = {
+        name: _write_shard(folder / name, shard, dtype, files)
+        for name, shard in zip(names, shards, strict=True)
+    }
     if len(shards) > 1:
         written[INDEX_NAME] = _write_index(folder, names, shards, dtype, files)
     keys = {
@@ -115,30 +144,158 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 
 
 def find_family(keys: Mapping[str, Any]) -> Family:
-    """Returns the family of a ``config.json``; raises `ModelFormatError` listing those that are supported."""
+    """Returns the family of a ``config.json``; raises `ModelFormatError` listing those that are supported.
+
+    A family that moesys knows is computed by moesys' own code, also where ``auto_map`` names code of the checkpoint.
+    """
     model_type = str(keys.get("model_type", ""))
-    supported = {name: family for family in FAMILIES for name in family.model_types}
-    if model_type in supported:
-        return supported[model_type]
-    nearest = difflib.get_close_matches(model_type, supported, n=1)
+    families = {name: family for family in FAMILIES for name in family.model_types}
+    if model_type in families:
+        return families[model_type]
+    if model_type in REFUSED:
+        raise ModelFormatError(
+            f"model_type {model_type!r} is not supported: {REFUSED[model_type]} (supported: {', '.join(families)})"
+        )
+    code = (
+        "; its auto_map asks for code of the checkpoint, which moesys never runs"
+        if "auto_map" in keys
+        else ""
+    )
+    nearest = difflib.get_close_matches(model_type, families, n=1)
     hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
     raise ModelFormatError(
-        f"model_type {model_type!r} is not supported (supported: {', '.join(supported)}){hint}"
+        f"model_type {model_type!r} is not supported (supported: {', '.join(families)}){hint}{code}"
     )
 
 
-def _read_decoder_config(path: Path, family: Family, keys: Mapping[str, Any]) -> DecoderConfig:
+def read_decoder_config(path: Path, family: Family, keys: Mapping[str, Any]) -> DecoderConfig:
+    """Returns the model that the keys of ``config.json`` describe; raises `ModelFormatError` with the file's name."""
+    keys = {name: value for name, value in keys.items() if name != QUANTIZATION_KEY}
     try:
         return family.read_config(keys)
     except MoesysError:
         raise
     except KeyError as error:
         raise ModelFormatError(f"{path} lacks the key {error} that a {family.model_type} needs") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise ModelFormatError(f"{path} holds a value that no {family.model_type} has: {error}") from None
 
 
-def _read_dtype(keys: Mapping[str, Any]) -> torch.dtype:
+def _check_num_layers(keys: Mapping[str, Any], tensors: Collection[str]) -> None:
+    """Refuses more layers than there can be, before anything is built for each of them."""
+    num_layers = keys.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > len(tensors):
+        raise ModelFormatError(
+            f"config.json asks for {num_layers} layers, the files hold no more than {len(tensors)} tensors"
+        )
+
+
+def _resolve_head(
+    config: DecoderConfig, tensors: Mapping[str, FileTensor]
+) -> tuple[DecoderConfig, Mapping[str, FileTensor]]:
+    """Follows the files where ``tie_word_embeddings`` says that there is one table and they hold another thing.
+
+    One table under the head's name is the embedding too; a head that differs from the embedding is a head of its own.
+    """
+    if not config.tie_embeddings or _HEAD_NAME not in tensors:
+        return config, tensors
+    others = {name: tensor for name, tensor in tensors.items() if name != _HEAD_NAME}
+    head = tensors[_HEAD_NAME]
+    if _EMBEDDING_NAME not in tensors:
+        return config, {**others, _EMBEDDING_NAME: head}
+    if have_equal_bytes(head, tensors[_EMBEDDING_NAME]):
+        return config, others
+    logging.getLogger("moesys").warning(
+        "config.json says that the output head is the embedding, the files hold another one, which is used"
+    )
+    return replace(config, tie_embeddings=False), tensors
+
+
+def _build_on_meta(
+    folder: Path, family: Family, config: DecoderConfig, tensors: Mapping[str, FileTensor]
+) -> Decoder:
+    """Builds the model without memory; refuses one that has more weights than the files could hold."""
+    with _refusing_odd_sizes(folder):
+        model = make_skeleton(config)
+        num_parameters = model.count_parameters()
+    num_bytes = sum(tensor.span.num_bytes for tensor in tensors.values())
+    if num_parameters > 2 * num_bytes:
+        raise ModelFormatError(
+            f"config.json asks for {num_parameters} weights, the files in {folder} hold {num_bytes} bytes; "
+            "they do not belong together"
+        )
+    with _refusing_odd_sizes(folder):
+        family.list_tensors(model, tensors.keys())
+    return model
+
+
+@contextmanager
+def _refusing_odd_sizes(folder: Path) -> Iterator[None]:
+    """Turns what torch raises for sizes that no tensor has, such as negative ones, into `ModelFormatError`."""
+    try:
+        yield
+    except MoesysError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelFormatError(f"{folder / 'config.json'} describes no model: {reason}") from None
+
+
+def find_sources(
+    folder: Path, family: Family, model: Decoder, tensors: Mapping[str, FileTensor], fp8: Fp8Blocks | None
+) -> list[TensorSource]:
+    """Returns where each of the model's tensors comes from; raises `ModelFormatError` listing all that does not fit."""
+    sources: list[TensorSource] = []
+    missing: list[str] = []
+    misfits: list[str] = []
+    used: set[str] = set()
+    for stored in family.list_tensors(model, tensors.keys()):
+        source = find_source(stored, tensors, fp8)
+        if source is not None:
+            sources.append(source)
+            used.update(source.tensors)
+            misfits += source.find_misfits()
+            continue
+        in_fp8 = stored.name in tensors and tensors[stored.name].record.dtype == "F8_E4M3"
+        expected = list_expected(stored, fp8 if in_fp8 else None)
+        used.update(expected)
+        missing += [f"{name} {shape}" for name, shape in expected.items() if name not in tensors]
+    surplus = [
+        name for name in tensors.keys() - used if not family.layout.ignores(name, model.config.num_layers)
+    ]
+    problems = [f"missing: {names}" for names in summarise_names(missing)]
+    problems += [f"not expected: {names}" for names in summarise_names(surplus)]
+    problems += misfits
+    if problems:
+        raise ModelFormatError(
+            describe_problems(
+                f"the tensors in {folder} do not fit its config.json ({family.model_type}; "
+                f"{len(missing)} missing, {len(surplus)} not expected, {len(misfits)} do not fit)",
+                problems,
+            )
+        )
+    return sources
+
+
+def _stream_sources(sources: list[TensorSource], on_progress: Callable[[int, int], None]) -> None:
+    def first_span(source: TensorSource) -> tuple[str, int]:
+        span = next(iter(source.tensors.values())).span
+        return span.path.name, span.offset
+
+    total = sum(next(iter(source.tensors.values())).span.num_bytes for source in sources)
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        on_progress(done, total)
+
+    ordered = sorted(sources, key=first_span)
+    stream((piece for source in ordered for piece in source.iterate_pieces()), count)
+
+
+def read_dtype(keys: Mapping[str, Any]) -> torch.dtype:
+    """Returns the dtype in which a checkpoint is loaded unless another is asked for."""
     name = keys.get("dtype") or keys.get("torch_dtype") or "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
     if not isinstance(name, str) or name not in dtypes:
@@ -149,104 +306,74 @@ def _read_dtype(keys: Mapping[str, Any]) -> torch.dtype:
 
 
 def _materialise(model: Decoder, dtype: torch.dtype) -> None:
-    """Allocates every parameter once, in its final dtype."""
+    """Allocates every parameter once, in its final dtype, and every buffer, as zeros of its own."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kept = torch.float32 if isinstance(module, Router) else dtype
-            setattr(
-                module,
-                name,
-                torch.nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False),
+            memory = allocate_weight(
+                tuple(parameter.shape), parameter.dtype if isinstance(module, Router) else dtype
             )
+            setattr(module, name, torch.nn.Parameter(memory, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
 
 
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Returns the open safetensors file that holds each tensor."""
-    index = folder / INDEX_NAME
-    tensors: dict[str, Any] = {}
-    for name in _read_index(index) if index.exists() else [SINGLE_NAME]:
-        path = folder / name
-        if not path.is_file():
-            raise ModelFormatError(
-                f"{path} is missing; the weights must be safetensors ({SINGLE_NAME}, or shards with {INDEX_NAME}); "
-                ".bin files are pickles, which moesys never reads"
-            )
-        try:
-            handle = stack.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise ModelFormatError(f"{path} is not a whole safetensors file: {error}") from None
-        names = handle.keys()
-        if twice := sorted(tensors.keys() & set(names)):
-            raise ModelFormatError(f"{path} holds tensors that another shard holds too: {twice[:3]}")
-        tensors.update(dict.fromkeys(names, handle))
-    return tensors
-
-
-def _read_index(path: Path) -> list[str]:
-    """Returns the shards that an index names; raises `ModelFormatError` for one outside its folder."""
-    weight_map = read_json_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelFormatError(f"{path} must map tensors to files in a JSON object named weight_map")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ModelFormatError(f"{path} names the file {name!r}; shards must lie in its own folder")
-    return names
-
-
-def _check_names(folder: Path, found: set[str], expected: set[str], *, is_tied: bool) -> None:
-    missing = sorted(expected - found)
-    surplus = sorted(found - expected - ({"lm_head.weight"} if is_tied else set()))
-    if missing or surplus:
+def _choose_family(config: DecoderConfig, wanted: Family | None) -> Family:
+    if wanted is None:
+        return choose_family(config)
+    if misfits := wanted.find_misfits(config):
         raise ModelFormatError(
-            f"the tensors in {folder} do not fit its config.json: "
-            f"{len(missing)} missing {missing[:3]}, {len(surplus)} not expected {surplus[:3]}"
+            f"the layout {wanted.model_type} does not hold this model: {'; '.join(misfits)}"
         )
+    return wanted
 
 
-def _copy_tensor(stored: StoredTensor, handle: Any) -> None:
-    source: Tensor = handle.get_tensor(stored.name)
-    if not source.is_floating_point():
-        raise ModelFormatError(
-            f"{stored.name} is stored as {source.dtype}; quantised weights are not supported"
-        )
-    stored.fill(source)
-
-
-def _plan_shards(tensors: list[tuple[str, Tensor]], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _plan_shards(
+    tensors: list[StoredTensor], dtype: torch.dtype, max_shard_bytes: int
+) -> list[dict[str, StoredTensor]]:
+    shards: list[dict[str, StoredTensor]] = [{}]
     shard_bytes = 0
-    for name, tensor in tensors:
-        num_bytes = tensor.numel() * dtype.itemsize
-        if shards[-1] and shard_bytes + num_bytes > _MAX_SHARD_BYTES:
+    for stored in tensors:
+        num_bytes = stored.view.numel() * (stored.dtype or dtype).itemsize
+        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
             shards.append({})
             shard_bytes = 0
-        shards[-1][name] = tensor.detach()
+        shards[-1][stored.name] = stored
         shard_bytes += num_bytes
     return shards
 
 
-def _write_index(
-    folder: Path, names: list[str], shards: list[dict[str, Tensor]], dtype: torch.dtype, files: FileSystem
+def _write_shard(
+    path: Path, shard: Mapping[str, StoredTensor], dtype: torch.dtype, files: FileSystem
 ) -> WrittenFile:
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(tensor.numel() * dtype.itemsize for shard in shards for tensor in shard.values())
-    return _write_json(
-        folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}, files
+    records = {}
+    for name, stored in shard.items():
+        record = record_tensor(name, stored.view, (stored.dtype or dtype))
+        records[name] = replace(record, shape=stored.shape)
+    return write_chunks(
+        path,
+        records,
+        lambda name: iterate_chunks(shard[name], records[name].torch_dtype),
+        metadata={"format": "pt"},
+        files=files,
     )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Returns the keys of a JSON file; raises `ModelFormatError` for one that holds something else."""
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise ModelFormatError(f"{path} must hold a JSON object")
-    return keys
+def _write_index(
+    folder: Path,
+    names: list[str],
+    shards: list[dict[str, StoredTensor]],
+    dtype: torch.dtype,
+    files: FileSystem,
+) -> WrittenFile:
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(
+        stored.view.numel() * (stored.dtype or dtype).itemsize
+        for shard in shards
+        for stored in shard.values()
+    )
+    return _write_json(
+        folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}, files
+    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any], files: FileSystem) -> WrittenFile:

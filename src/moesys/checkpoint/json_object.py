@@ -10,10 +10,14 @@ import json
 from typing import Any
 
 
-def parse_object(contents: bytes) -> dict[str, Any]:
-    """Returns the JSON object that a file should hold; raises ValueError when it holds something else."""
+def parse_object(contents: bytes, *, is_strict: bool = False) -> dict[str, Any]:
+    """Returns the JSON object that a file should hold; raises ValueError when it holds something else.
+
+    is_strict: refuses NaN and Infinity too, which are not JSON and which Python writes all the same.
+    """
+    refuse = _refuse_constant if is_strict else None
     try:
-        parsed = json.loads(contents.decode(), object_pairs_hook=_collect_pairs)
+        parsed = json.loads(contents.decode(), object_pairs_hook=_collect_pairs, parse_constant=refuse)
     except RecursionError as error:
         raise ValueError("its JSON is nested too deeply") from error
     if not isinstance(parsed, dict):
@@ -26,6 +30,10 @@ def parse_natural(what: str, value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"its {what} is {value!r}, not a whole number from 0 to 2^63")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"its JSON has {name}, which is no JSON")
 
 
 def _collect_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moesys.checkpoint.json_object import parse_object
 from moesys.checkpoint.safetensors_header import LENGTH_BYTES, TensorRecord, parse_header, parse_length
@@ -23,6 +24,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 _MAX_JSON_BYTES = 100_000_000
+_COMPARED_BYTES = 8 * 2**20
 _MAX_PROBLEMS = 20
 _FILE_PATTERN = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
 
@@ -38,8 +40,16 @@ class Span:
 
     def cut(self, start: int, num_bytes: int) -> Span:
         """Returns ``num_bytes`` from byte ``start`` of this span on."""
-        assert 0 <= start and start + num_bytes <= self.num_bytes
+        assert start >= 0
+        assert start + num_bytes <= self.num_bytes
         return Span(self.path, self.descriptor, self.offset + start, num_bytes)
+
+    def read(self) -> bytes:
+        """Returns the bytes; raises `ModelFormatError` when the file cannot be read."""
+        try:
+            return os.pread(self.descriptor, self.num_bytes, self.offset)
+        except OSError as error:
+            raise ModelFormatError(f"cannot read {self.path}: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -71,11 +81,24 @@ def open_model_files(folder: Path) -> Iterator[Mapping[str, FileTensor]]:
         yield {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
 
-def read_json_object(path: Path) -> dict[str, object]:
+def have_equal_bytes(one: FileTensor, other: FileTensor) -> bool:
+    """Whether two tensors are the same in dtype, shape and every bit; reads both."""
+    if one.record != other.record:
+        return False
+    for start in range(0, one.span.num_bytes, _COMPARED_BYTES):
+        count = min(_COMPARED_BYTES, one.span.num_bytes - start)
+        if one.span.cut(start, count).read() != other.span.cut(start, count).read():
+            return False
+    return True
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
     """Returns the keys of a JSON file; raises `ModelFormatError` for one that holds something else."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelFormatError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; it cannot be what it claims")
+            raise ModelFormatError(
+                f"{path} is larger than {_MAX_JSON_BYTES} bytes; it cannot be what it claims"
+            )
         return parse_object(path.read_bytes())
     except OSError as error:
         raise ModelFormatError(f"cannot read {path}: {error.strerror or error}") from None
@@ -106,7 +129,9 @@ def _read_weight_map(folder: Path) -> dict[str, str] | None:
         raise ModelFormatError(f"{path} must map tensors to files in a JSON object named weight_map")
     for name in weight_map.values():
         if not isinstance(name, str):
-            raise ModelFormatError(f"{path} must map tensors to names of files in weight_map, not to {name!r}")
+            raise ModelFormatError(
+                f"{path} must map tensors to names of files in weight_map, not to {name!r}"
+            )
         if not _FILE_PATTERN.fullmatch(name):
             raise ModelFormatError(
                 f"{path} names the file {name!r}; shards must lie in its own folder and end in .safetensors"

@@ -60,4 +60,6 @@ def _read_fp8(found: Mapping[str, Any]) -> Fp8Blocks:
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return Fp8Blocks(rows, columns)
         case other:
-            raise ModelFormatError(f"weight_block_size must be two whole numbers above 0 or null, got {other!r}")
+            raise ModelFormatError(
+                f"weight_block_size must be two whole numbers above 0 or null, got {other!r}"
+            )

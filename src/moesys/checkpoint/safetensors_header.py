@@ -76,7 +76,7 @@ def parse_header(contents: bytes, payload_bytes: int) -> dict[str, TensorRecord]
     if not contents.startswith(b"{"):
         raise ValueError("its header does not begin with {")
     spans: list[tuple[int, int, str, TensorRecord]] = []
-    for name, entry in parse_object(contents).items():
+    for name, entry in parse_object(contents, is_strict=True).items():
         if name == METADATA_NAME:
             _check_metadata(entry)
             continue

@@ -54,7 +54,8 @@ class StagedPiece:
 
     @property
     def num_bytes(self) -> int:
-        return sum(span.num_bytes for span in self.spans)
+        """Of the first span: what belongs to it, such as scales, is not counted."""
+        return self.spans[0].num_bytes
 
 
 Piece = DirectPiece | StagedPiece
@@ -130,7 +131,9 @@ def _read_span(span: Span, views: list[memoryview]) -> None:
             raise ModelFormatError(f"cannot read {span.path}: {error.strerror or error}") from None
         if not taken:
             missing = span.offset + span.num_bytes - offset
-            raise ModelFormatError(f"{span.path} became shorter while it was read: {missing} bytes are missing")
+            raise ModelFormatError(
+                f"{span.path} became shorter while it was read: {missing} bytes are missing"
+            )
         offset += taken
         views = _drop_front(views, taken)
 

@@ -110,7 +110,11 @@ class PlainSource:
         """See `TensorSource`."""
         dtype, view = self.values.record.torch_dtype, self.stored.view.detach()
         run_bytes = _count_run(view) * view.itemsize
-        if view.dtype == dtype and view.device.type == "cpu" and (view.is_contiguous() or run_bytes >= _MIN_RUN_BYTES):
+        if (
+            view.dtype == dtype
+            and view.device.type == "cpu"
+            and (view.is_contiguous() or run_bytes >= _MIN_RUN_BYTES)
+        ):
             return _iterate_direct(view, self.values)
         return self._iterate_staged(view, dtype)
 
@@ -122,7 +126,9 @@ class PlainSource:
             def deliver(parts: tuple[Tensor, ...], start: int = start) -> None:
                 copy_range(view, start, parts[0].view(dtype))
 
-            yield StagedPiece((self.values.span.cut(start * dtype.itemsize, count * dtype.itemsize),), deliver)
+            yield StagedPiece(
+                (self.values.span.cut(start * dtype.itemsize, count * dtype.itemsize),), deliver
+            )
 
 
 @dataclass(frozen=True)

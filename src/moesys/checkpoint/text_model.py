@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from moesys.checkpoint.hf import load_model, read_config_file, read_json_object
+from moesys.checkpoint.hf import load_model, read_config_file
+from moesys.checkpoint.model_files import read_json_object
 from moesys.data import Tokenizer
 from moesys.errors import ModelFormatError
 from moesys.models import Decoder

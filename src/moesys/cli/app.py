@@ -13,6 +13,7 @@ from moesys.cli.config import config_app
 from moesys.cli.eval import evaluate
 from moesys.cli.export import export
 from moesys.cli.generate import generate
+from moesys.cli.inspect import inspect
 from moesys.cli.resume import resume
 from moesys.cli.train import train
 from moesys.env import read_debug
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(resume)
 app.command()(export)
+app.command()(inspect)
 app.command()(generate)
 app.command()(chat)
 app.command(name="eval")(evaluate)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moesys.config.formats import has_fields
-from moesys.config.schema import Config
+from moesys.config.schema import Config, ModelConfig
 from moesys.errors import IneffectiveOptionError
 
 
@@ -42,8 +42,14 @@ def _has_no_dense_layers(config: Config) -> bool:
     return all(config.model.experts_per_layer)
 
 
-def _has_plain_text(config: Config) -> bool:
+def _has_no_chats(config: Config) -> bool:
+    return config.data.format != "chat"
+
+
+def _has_no_text_field(config: Config) -> bool:
     data = config.data
+    if data.format == "chat":
+        return True
     if data.source.startswith("hf:"):
         return False
     file = Path(data.source).expanduser()
@@ -51,10 +57,15 @@ def _has_plain_text(config: Config) -> bool:
     return data.source == "stdlib" or data.format == "text" or is_plain_file
 
 
+def _has_init(config: Config) -> bool:
+    return config.model.init is not None
+
+
 _NO_EXPERTS = "model.num_experts makes every layer dense; give some layers experts or drop the key"
 _NO_CAPACITY = "nothing is dropped without model.capacity_factor; set it or drop the key"
 _NO_DROPS = "nothing is dropped without a model.capacity_factor other than 0; set one or drop the key"
 _NO_CLAMP = "it belongs to model.expert_activation=clamped_swiglu; choose that or drop the key"
+_NO_CHATS = "it belongs to data.format=chat; choose that or drop the key"
 
 RULES: tuple[Rule, ...] = (
     Rule("model.top_k", _has_no_experts, _NO_EXPERTS),
@@ -104,9 +115,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "data.vocab_size",
-        lambda c: c.data.tokenizer is not None,
-        "data.tokenizer brings its own vocabulary; drop one of the two",
+        lambda c: c.data.tokenizer is not None or c.model.init is not None,
+        "data.tokenizer or model.init brings its own vocabulary; drop one of the two",
     ),
+    Rule("data.tokenizer", _has_init, "model.init brings its own tokenizer; drop one of the two"),
+    Rule("training.seed", _has_init, "the initial weights are those of model.init; drop one of the two"),
     Rule(
         "data.format",
         lambda c: c.data.source == "stdlib" or c.data.source.startswith("hf:"),
@@ -114,8 +127,16 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "data.text_field",
-        _has_plain_text,
-        "plain text has no fields; it applies to JSONL, Parquet and Hugging Face datasets",
+        _has_no_text_field,
+        "plain text and conversations have no such field; it applies to JSONL, Parquet and Hugging Face datasets",
+    ),
+    Rule("data.chat_template", _has_no_chats, _NO_CHATS),
+    Rule("data.chat_answers", _has_no_chats, _NO_CHATS),
+    Rule("data.chat_date", _has_no_chats, _NO_CHATS),
+    Rule(
+        "data.overlong",
+        _has_no_chats,
+        "texts are cut into sequences of any length; it belongs to data.format=chat",
     ),
     Rule(
         "training.decay_fraction",
@@ -149,17 +170,29 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
+INIT_RULES: tuple[Rule, ...] = tuple(
+    Rule(f"model.{name}", _has_init, "the model's shape is that of model.init; drop one of the two")
+    for name in ModelConfig.model_fields
+    if name not in ("init", "balance_bias_rate")
+)
+"""Apart from the others, because they are about nearly every key."""
+
 
 def check_effects(config: Config) -> None:
     """Raises `IneffectiveOptionError` naming every key that was set and has no effect."""
-    idle = [rule for rule in find_idle_rules(config) if _was_set(config, rule.key)]
-    if idle:
-        raise IneffectiveOptionError("\n".join(f"{rule.key} has no effect: {rule.reason}" for rule in idle))
+    reasons: dict[str, str] = {}
+    for rule in find_idle_rules(config):
+        if _was_set(config, rule.key):
+            reasons.setdefault(rule.key, rule.reason)
+    if reasons:
+        raise IneffectiveOptionError(
+            "\n".join(f"{key} has no effect: {reason}" for key, reason in reasons.items())
+        )
 
 
 def find_idle_rules(config: Config) -> list[Rule]:
     """Returns the rules whose key has no effect in this configuration, set by the user or not."""
-    return [rule for rule in RULES if rule.is_idle(config)]
+    return [rule for rule in (*INIT_RULES, *RULES) if rule.is_idle(config)]
 
 
 def _was_set(config: Config, key: str) -> bool:

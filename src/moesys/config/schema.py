@@ -6,9 +6,10 @@ carried out, and nothing here imports torch.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -25,6 +26,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The shape of the decoder. The vocabulary comes from the tokenizer (``data.vocab_size``)."""
 
+    init: str | None = None
+    """A model folder in Hugging Face layout, or ``org/model[@revision]`` on the hub, from which shape, weights and
+    tokenizer are taken; then the other keys of this section, but for ``balance_bias_rate``, have no effect."""
     hidden_size: PositiveInt = 256
     """Width of the residual stream."""
     num_layers: PositiveInt = 4
@@ -206,10 +210,21 @@ class DataConfig(Section):
     source: str = "stdlib"
     """``stdlib`` (source and documentation text of the running Python's standard library, no download), a
     file, a folder, or ``hf:NAME`` or ``hf:NAME:CONFIG`` for a Hugging Face dataset (extra ``data``)."""
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """How files are read; ``auto`` goes by the file name's ending."""
+    format: Literal["auto", "text", "jsonl", "parquet", "chat"] = "auto"
+    """How files are read; ``auto`` goes by the file name's ending. ``chat``: JSONL of conversations, of which the
+    assistant's answers are learned."""
     text_field: str = "text"
     """The field that holds the text, for JSONL, Parquet and Hugging Face datasets."""
+    chat_template: str | None = None
+    """A file with a Jinja2 chat template. Default: the one of the model or tokenizer folder."""
+    chat_answers: Literal["all", "last"] = "all"
+    """Which answers of a conversation are learned; ``last`` for templates that write an answer otherwise once others
+    follow it, such as those that then leave out its reasoning."""
+    chat_date: str | None = None
+    """What a chat template takes for today, as YYYY-MM-DD. Default: the day on which the run begins."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of conversations longer than ``sequence_length``; ``drop`` and ``truncate`` lose text and count
+    it."""
     tokenizer: str | None = None
     """A ``tokenizer.json`` or a folder that holds one. Default: a byte-level BPE is trained on the corpus."""
     vocab_size: Annotated[int, Field(ge=257)] = 4096
@@ -222,6 +237,19 @@ class DataConfig(Section):
     """Whether tokens may attend to earlier documents packed into the same sequence."""
     seed: int = 0
     """Seed of the shuffle."""
+
+    @field_validator("chat_date", mode="before")
+    @classmethod
+    def _check_date(cls, value: object) -> str | None:
+        """Takes TOML's own dates and texts alike."""
+        if value is None:
+            return None
+        try:
+            return date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise ValueError(
+                f"chat_date ({value!r}) must be a day as YYYY-MM-DD, such as 2025-05-01"
+            ) from None
 
 
 class TrainingConfig(Section):

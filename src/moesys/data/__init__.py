@@ -7,8 +7,9 @@ from moesys.data.conversation import Conversation
 from moesys.data.corpus import Document, load_documents, split_heldout
 from moesys.data.heldout import HeldoutSet, heldout_windows
 from moesys.data.loader import SequenceLoader
+from moesys.data.packed_source import pack_source
 from moesys.data.packing import PackedTokens, pack_documents
-from moesys.data.prepare import PreparedData, prepare_data
+from moesys.data.prepare import PreparedData, load_tokenizer, prepare_data
 from moesys.data.tokenizer import Tokenizer, train_tokenizer
 from moesys.data.tokenizer_config import TokenizerConfig
 
@@ -28,7 +29,9 @@ __all__ = [
     "TokenizerConfig",
     "heldout_windows",
     "load_documents",
+    "load_tokenizer",
     "pack_documents",
+    "pack_source",
     "prepare_data",
     "split_heldout",
     "train_tokenizer",

@@ -43,15 +43,6 @@ class ChatTemplate:
     """``bos_token``, ``eos_token`` … as templates expect them."""
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox, compare=False, repr=False)
 
-    @classmethod
-    def read(cls, file: Path, special_tokens: Mapping[str, str]) -> Self:
-        """Reads a template from a file of its own. Raises `ModelFormatError` or `DataError`."""
-        try:
-            contents = file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{file}: the chat template cannot be read ({error.strerror})") from None
-        return cls(_require_text(_decode(contents, str(file)), str(file)), str(file), dict(special_tokens))
-
     def render(
         self,
         conversation: Conversation,
@@ -126,6 +117,15 @@ class ChatTemplates:
             raise ModelFormatError(f"{self.place} has no chat template {name!r}; choose one of: {found}")
         place = f"{self.place}, template {name!r}" if len(self.texts) > 1 else self.place
         return ChatTemplate(self.texts[name], place, self.special_tokens)
+
+
+def read_template(file: Path) -> str:
+    """Reads a template from a file of its own. Raises `ModelFormatError` or `DataError`."""
+    try:
+        contents = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: the chat template cannot be read ({error.strerror})") from None
+    return _require_text(_decode(contents, str(file)), str(file))
 
 
 def _find_files(files: Mapping[str, bytes], place: str) -> dict[str, str]:

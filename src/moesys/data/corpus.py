@@ -10,9 +10,9 @@ import fnmatch
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from moesys.config.formats import RECORD_SUFFIXES
 from moesys.data.sources import (
@@ -27,6 +27,14 @@ from moesys.data.sources import (
 from moesys.errors import DataError
 
 Format = Literal["auto", "text", "jsonl", "parquet"]
+
+
+class _Hashed(Protocol):
+    @property
+    def content_hash(self) -> str: ...
+
+
+Hashed = TypeVar("Hashed", bound=_Hashed)
 
 _logger = logging.getLogger(__name__)
 
@@ -69,12 +77,7 @@ def load_documents(source: str, format: Format = "auto", text_field: str = "text
     elif source.startswith("hf:"):
         found = read_hugging_face(source.removeprefix("hf:"), text_field)
     else:
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise DataError(
-                f"{source}: there is no such file or folder (looked in {Path.cwd()}); "
-                "set data.source to a file, a folder, hf:NAME or stdlib"
-            )
+        path = find_source(source)
         found = (
             _read_folder(path, format, text_field) if path.is_dir() else _read_file(path, format, text_field)
         )
@@ -85,6 +88,17 @@ def load_documents(source: str, format: Format = "auto", text_field: str = "text
             "in a folder); give a source that holds text, or set data.format=text to read every text file"
         )
     return documents
+
+
+def find_source(source: str) -> Path:
+    """Returns the file or folder of a source; raises `DataError` where there is none."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"{source}: there is no such file or folder (looked in {Path.cwd()}); "
+            "set data.source to a file, a folder, hf:NAME or stdlib"
+        )
+    return path
 
 
 def split_heldout(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
@@ -100,13 +114,18 @@ def split_heldout(documents: list[Document], fraction: float) -> tuple[list[Docu
     Raises:
         DataError: there is nothing to cut: no document, or a single one of one character.
     """
-    hashes = sorted({document.content_hash for document in documents})
-    if len(hashes) < 2:
+    if len({document.content_hash for document in documents}) < 2:
         return _cut_tails(documents, fraction)
+    return split_by_hash(documents, fraction)
+
+
+def split_by_hash(items: Sequence[Hashed], fraction: float) -> tuple[list[Hashed], list[Hashed]]:
+    """Splits whatever has at least two different content hashes as `split_heldout` does."""
+    hashes = sorted({item.content_hash for item in items})
     num_heldout = sum(int(content_hash, 16) < fraction * 2**256 for content_hash in hashes)
     last_heldout = hashes[min(max(num_heldout, 1), len(hashes) - 1) - 1]
-    train = [document for document in documents if document.content_hash > last_heldout]
-    heldout = [document for document in documents if document.content_hash <= last_heldout]
+    train = [item for item in items if item.content_hash > last_heldout]
+    heldout = [item for item in items if item.content_hash <= last_heldout]
     return train, heldout
 
 
@@ -146,7 +165,7 @@ def _read_file(path: Path, format: Format, text_field: str, name: str | None = N
 
 def _read_folder(root: Path, format: Format, text_field: str) -> Iterator[Document]:
     skipped: list[str] = []
-    for path in _walk(root):
+    for path in walk_files(root):
         kind, name = _kind_of(path), path.relative_to(root).as_posix()
         if kind == format or (format == "auto" and kind):
             yield from _read_file(path, format, text_field, name)
@@ -165,7 +184,7 @@ def _read_folder(root: Path, format: Format, text_field: str) -> Iterator[Docume
 
 def _read_stdlib(root: Path) -> Iterator[Document]:
     seen: set[str] = set()
-    for path in _walk(root, _STDLIB_EXCLUDED_FOLDERS):
+    for path in walk_files(root, _STDLIB_EXCLUDED_FOLDERS):
         is_code_page = path.parent.name == "encodings" and any(
             fnmatch.fnmatch(path.name, pattern) for pattern in _STDLIB_EXCLUDED_ENCODINGS
         )
@@ -177,7 +196,7 @@ def _read_stdlib(root: Path) -> Iterator[Document]:
                 yield document
 
 
-def _walk(root: Path, excluded_folders: frozenset[str] = frozenset()) -> Iterator[Path]:
+def walk_files(root: Path, excluded_folders: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Yields files in sorted order, without hidden ones; a folder that cannot be listed is an error."""
 
     def refuse(error: OSError) -> None:

@@ -27,7 +27,7 @@ class HeldoutSet:
     num_bytes: int
     """UTF-8 bytes of the documents covered."""
     num_targets: int
-    """Targets scored: every token of the documents, and the end of text after each."""
+    """Targets scored: every token of the texts and the end of text after each, or what the packed tokens name."""
     num_documents: int
 
 
@@ -98,11 +98,13 @@ def heldout_windows(
             stride,
         )
     ]
+    if packed.is_target is not None:
+        windows = [window for window in windows if _count_targets(packed, window)]
     windows.sort(key=lambda window: -window.length)
     return HeldoutSet(
         batches=_Batches(packed, windows, batch_sequences),
         num_bytes=int(packed.document_bytes[document_ids].sum()),
-        num_targets=sum(window.length - window.num_context for window in windows),
+        num_targets=sum(_count_targets(packed, window) for window in windows),
         num_documents=len(document_ids),
     )
 
@@ -130,6 +132,11 @@ def _cut_document(start: int, end: int, sequence_length: int, stride: int) -> li
     return windows
 
 
+def _count_targets(packed: PackedTokens, window: _Window) -> int:
+    first, end = window.start + window.num_context + 1, window.start + window.length + 1
+    return end - first if packed.is_target is None else int(packed.is_target[first:end].sum())
+
+
 def _build_batch(packed: PackedTokens, windows: Sequence[_Window]) -> Batch:
     shape = (len(windows), max(window.length for window in windows))
     token_ids_BS = torch.full(shape, packed.end_of_text_id, dtype=torch.int64)
@@ -140,7 +147,11 @@ def _build_batch(packed: PackedTokens, windows: Sequence[_Window]) -> Batch:
         length, context = window.length, window.num_context
         stream = packed.tokens[window.start : window.start + length + 1].astype(np.int64)
         token_ids_BS[row, :length] = torch.from_numpy(stream[:-1])
-        target_ids_BS[row, context:length] = torch.from_numpy(stream[context + 1 :])
+        targets = torch.from_numpy(stream[context + 1 :])
+        if packed.is_target is not None:
+            is_target = packed.is_target[window.start + context + 1 : window.start + length + 1]
+            targets.masked_fill_(~torch.from_numpy(is_target.copy()), IGNORED_TARGET)
+        target_ids_BS[row, context:length] = targets
         document_ids_BS[row, :length] = 0
         positions_BS[row, length:] -= length
     return Batch(token_ids_BS, target_ids_BS, document_ids_BS, positions_BS)

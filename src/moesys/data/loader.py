@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 
-from moesys.data.batch import Batch
+from moesys.data.batch import IGNORED_TARGET, Batch
 from moesys.data.packing import PackedTokens
 from moesys.errors import DataError
 
@@ -111,6 +111,10 @@ class SequenceLoader:
         length = self._sequence_length
         stream_BS = starts_B[:, None] + np.arange(length + 1)
         rows_BS = torch.from_numpy(self._packed.tokens[stream_BS].astype(np.int64))
+        target_ids_BS = rows_BS[:, 1:].contiguous()
+        if self._packed.is_target is not None:
+            is_target_BS = torch.from_numpy(self._packed.is_target[stream_BS[:, 1:]])
+            target_ids_BS.masked_fill_(~is_target_BS, IGNORED_TARGET)
         stream_BS = stream_BS[:, :-1]
         if self._restart_documents:
             document_starts = self._packed.document_starts
@@ -122,7 +126,7 @@ class SequenceLoader:
             positions_BS = stream_BS - starts_B[:, None]
         return Batch(
             token_ids_BS=rows_BS[:, :-1].contiguous(),
-            target_ids_BS=rows_BS[:, 1:].contiguous(),
+            target_ids_BS=target_ids_BS,
             document_ids_BS=torch.from_numpy(documents_BS),
             positions_BS=torch.from_numpy(positions_BS),
         )

@@ -1,8 +1,8 @@
 """Documents as one memory-mapped stream of tokens on disk.
 
-The stream is ``[end] document [end] document … [end]``: every token's target is the next one, the target of a
-document's last token is the end of text that opens the next document, and nothing is ever padded. Knows
-nothing of sequences, batches or ranks.
+The stream of texts is ``[end] document [end] document … [end]``: every token's target is the next one, the target of a
+document's last token is the end of text that opens the next document, and nothing is ever padded. Other streams say
+which tokens are targets. Knows nothing of batches or ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from moesys.data.tokenizer import Tokenizer
 from moesys.errors import DataError
 
 PACKING_VERSION = 1
+TARGETS_FILE = "is_target.npy"
 _BATCH_CHARACTERS = 4 << 20
 
 
@@ -38,7 +39,13 @@ class PackedTokens:
     names: tuple[str, ...]
     """Where each document came from, for people."""
     end_of_text_id: int
-    """The token that opens every document."""
+    """The token that opens every text and closes the stream."""
+    is_target: np.ndarray | None = None
+    """bool ``[T]``: which tokens are to be predicted; None where all are."""
+    num_truncated: int = 0
+    """Documents of which the end is left out."""
+    num_dropped: int = 0
+    """Documents that are left out."""
 
     @property
     def num_documents(self) -> int:
@@ -52,6 +59,11 @@ class PackedTokens:
     @property
     def num_bytes(self) -> int:
         return int(self.document_bytes.sum())
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are to be predicted; every text's opening token counts."""
+        return self.num_tokens if self.is_target is None else int(self.is_target.sum())
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> Self:
@@ -77,7 +89,12 @@ class PackedTokens:
             if len(index["document_bytes"]) != len(starts) - 1:
                 raise ValueError(f"{len(index['document_bytes'])} documents, expected {len(starts) - 1}")
             tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
-            if verify and not _starts_at(tokens, starts, index["end_of_text_id"]):
+            is_target = None
+            if index.get("has_targets", False):
+                is_target = np.load(folder / TARGETS_FILE, mmap_mode="r", allow_pickle=False)
+                if is_target.shape != tokens.shape or is_target.dtype != np.bool_:
+                    raise ValueError(f"{TARGETS_FILE} does not fit tokens.bin")
+            elif verify and not _starts_at(tokens, starts, index["end_of_text_id"]):
                 raise ValueError("document_starts.npy does not fit tokens.bin")
             return cls(
                 tokens=tokens,
@@ -85,6 +102,9 @@ class PackedTokens:
                 document_bytes=np.array(index["document_bytes"], dtype=np.int64),
                 names=tuple(index["names"]),
                 end_of_text_id=index["end_of_text_id"],
+                is_target=is_target,
+                num_truncated=index.get("num_truncated", 0),
+                num_dropped=index.get("num_dropped", 0),
             )
         except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(f"{folder}: the packed corpus is damaged ({error}); delete the folder") from error
@@ -109,7 +129,7 @@ def pack_documents(documents: Sequence[Document], tokenizer: Tokenizer, cache_di
 
 
 def _write_packed(documents: Sequence[Document], tokenizer: Tokenizer, folder: Path) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
+    dtype = choose_token_dtype(tokenizer)
     end_of_text = np.array([tokenizer.end_of_text_id], dtype=dtype)
     digest = hashlib.sha256()
     starts = [0]
@@ -136,6 +156,11 @@ def _write_packed(documents: Sequence[Document], tokenizer: Tokenizer, folder: P
         "names": [document.name for document in documents],
     }
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def choose_token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Returns the smaller integer that holds every token."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
 
 
 def _group_texts(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -40,8 +40,8 @@ class Rendered:
     """What a template wrote."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
-    """(start, end) in characters of each ``{% generation %}`` block."""
+    spans: tuple[tuple[int, int], ...] | None
+    """(start, end) in characters of each ``{% generation %}`` block; None where macros hide their places."""
 
 
 class TemplateSandbox:
@@ -62,7 +62,10 @@ class TemplateSandbox:
             answer = self._ask(request.encode() + b"\n")
         if "error" in answer:
             raise ModelFormatError(answer["error"])
-        return Rendered(answer["text"], tuple((start, end) for start, end in answer["spans"]))
+        spans = answer["spans"]
+        return Rendered(
+            answer["text"], None if spans is None else tuple((start, end) for start, end in spans)
+        )
 
     def _ask(self, request: bytes) -> dict[str, Any]:
         process = self._process

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from itertools import chain
+from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -41,14 +42,14 @@ class TemplateNamespace(Namespace):
 
 
 class GenerationBlocks(Extension):
-    """``{% generation %}``: marks what the assistant writes. Remembers every block's text and place."""
+    """``{% generation %}``: marks what the assistant writes. Remembers where each block lies in the text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 
     def __init__(self, environment: ImmutableSandboxedEnvironment) -> None:
         super().__init__(environment)
         self.num_rendered_chars = 0
-        self.blocks: list[tuple[int, str]] = []
+        self.blocks: list[tuple[int, int]] = []
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -57,8 +58,16 @@ class GenerationBlocks(Extension):
 
     def _remember(self, caller: Macro) -> str:
         text = caller()
-        self.blocks.append((self.num_rendered_chars, text))
+        self.blocks.append((self.num_rendered_chars, self.num_rendered_chars + len(text)))
         return text
+
+
+class CompiledTemplate(NamedTuple):
+    """A template that is ready to render."""
+
+    template: Any
+    has_places: bool
+    """Whether generation blocks can be found in the text: not where their output passes through a macro or block."""
 
 
 class Renderer:
@@ -71,16 +80,14 @@ class Renderer:
         self._environment.filters["tojson"] = _write_json
         helpers: Any = self._environment.globals
         helpers |= {"raise_exception": _raise, "dict": _make_dict, "namespace": TemplateNamespace}
-        self._templates: dict[str, Any] = {}
+        self._templates: dict[str, CompiledTemplate] = {}
 
     def render(self, request: Mapping[str, Any], max_chars: int) -> dict[str, Any]:
-        """Returns ``text`` and the ``spans`` of its generation blocks, or an ``error``."""
+        """Returns ``text`` and the ``spans`` of its generation blocks, None without places; or an ``error``."""
         try:
-            if request["template"] not in self._templates:
-                self._templates[request["template"]] = self._environment.from_string(request["template"])
             now = datetime.fromisoformat(request["now"]) if request["now"] else datetime.now()
-            text, spans = self._render(
-                self._templates[request["template"]],
+            return self._render(
+                self._compile(request["template"]),
                 {**request["variables"], "strftime_now": now.strftime},
                 max_chars,
             )
@@ -88,25 +95,32 @@ class Renderer:
             return {"error": "it needs more memory than a template may have"}
         except Exception as error:  # noqa: BLE001  a template can raise anything, and none of it is our defect
             return {"error": f"{_locate(error)}{error or type(error).__name__}"}
-        return {"text": text, "spans": spans}
+
+    def _compile(self, source: str) -> CompiledTemplate:
+        if source not in self._templates:
+            tree = self._environment.parse(source)
+            buffers = tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock))
+            self._templates[source] = CompiledTemplate(
+                self._environment.from_string(tree),
+                has_places=not any(
+                    map(_is_generation, chain(*(b.find_all(nodes.CallBlock) for b in buffers)))
+                ),
+            )
+        return self._templates[source]
 
     def _render(
-        self, template: Any, variables: Mapping[str, Any], max_chars: int
-    ) -> tuple[str, list[tuple[int, int]]]:
+        self, compiled: CompiledTemplate, variables: Mapping[str, Any], max_chars: int
+    ) -> dict[str, Any]:
         tracker: Any = self._environment.extensions[GenerationBlocks.identifier]
         tracker.num_rendered_chars, tracker.blocks = 0, []
         pieces = []
-        for piece in template.generate(variables):
+        for piece in compiled.template.generate(variables):
             pieces.append(piece)
             tracker.num_rendered_chars += len(piece)
             if tracker.num_rendered_chars > max_chars:
                 raise TemplateError(f"it writes more than {max_chars} characters")
-        text = "".join(pieces)
-        if any(not text.startswith(block, start) for start, block in tracker.blocks):
-            raise TemplateError(
-                "a {% generation %} block inside a macro, set, call or filter block has no place"
-            )
-        return text, [(start, start + len(block)) for start, block in tracker.blocks]
+        spans = tracker.blocks if compiled.has_places else None
+        return {"text": "".join(pieces), "spans": spans}
 
 
 def serve(requests: Iterator[bytes], limits: _Limits) -> Iterator[str]:
@@ -141,6 +155,11 @@ def _limit_cpu(seconds: int) -> None:
 def _locate(error: Exception) -> str:
     line = getattr(error, "lineno", None)
     return "" if line is None else f"line {line}: "
+
+
+def _is_generation(block: nodes.CallBlock) -> bool:
+    method = block.call.node
+    return isinstance(method, nodes.ExtensionAttribute) and method.identifier == GenerationBlocks.identifier
 
 
 def _require_public(name: object) -> None:

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from moesys.data.tokenizer_config import TokenizerConfig
 from moesys.data.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
+    CHAT_TEMPLATE_FOLDER,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     read_tokenizer_files,
@@ -116,8 +117,11 @@ class Tokenizer:
         write_tokenizer_files(self.render_files(), folder)
 
     def with_chat_template(self, template: str) -> Self:
-        """Returns the same tokenizer with another chat template, which its files then hold."""
-        files = self._files | {CHAT_TEMPLATE_FILE: template.encode()}
+        """Returns the same tokenizer with one chat template in place of all that its files hold."""
+        others = {
+            name: file for name, file in self._files.items() if not name.startswith(CHAT_TEMPLATE_FOLDER)
+        }
+        files = others | {CHAT_TEMPLATE_FILE: template.encode()}
         return type(self)(self._inner, self._end_of_text, files)
 
     def encode(self, text: str) -> list[int]:
@@ -159,6 +163,12 @@ class Tokenizer:
         """The names of the special tokens, which `encode` reads as ordinary text."""
         tokens = self._inner.get_added_tokens_decoder()
         return tuple(token.content for token in tokens.values() if token.special)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The special tokens."""
+        tokens = self._inner.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in tokens.items() if token.special)
 
     @property
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -20,8 +21,18 @@ from moesys.models.stored import Encoding, StoredTensor
 from moesys.moe import ExpertBank, MoELayer, SwiGLU
 
 
+class ExpertStorage(StrEnum):
+    """Whether each expert has tensors of its own, or all experts of a layer share theirs."""
+
+    SEPARATE = "separate"
+    STACKED = "stacked"
+
+
 class ExpertLayout(Protocol):
     """One way to store the experts of a layer. Implementations are frozen records."""
+
+    @property
+    def storage(self) -> ExpertStorage: ...
 
     @property
     def probe(self) -> str:
@@ -40,6 +51,11 @@ class SeparateExperts:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+
+    @property
+    def storage(self) -> ExpertStorage:
+        """See `ExpertLayout`."""
+        return ExpertStorage.SEPARATE
 
     @property
     def probe(self) -> str:
@@ -63,6 +79,11 @@ class StackedExperts:
     down: str = "experts.down_proj"
 
     @property
+    def storage(self) -> ExpertStorage:
+        """See `ExpertLayout`."""
+        return ExpertStorage.STACKED
+
+    @property
     def probe(self) -> str:
         """See `ExpertLayout`."""
         return self.gate_up
@@ -81,6 +102,11 @@ class InterleavedExperts:
     """
 
     encoding: Encoding = Encoding.PLAIN
+
+    @property
+    def storage(self) -> ExpertStorage:
+        """See `ExpertLayout`."""
+        return ExpertStorage.STACKED
 
     @property
     def probe(self) -> str:

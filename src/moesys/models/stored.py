@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from moesys.errors import ModelFormatError
@@ -33,12 +34,14 @@ class StoredTensor:
     view:      of a parameter or buffer, its elements in the order of the checkpoint's; its dimensions may be finer
                than ``shape``, as strides need it.
     encoding:  how the checkpoint stores it.
+    dtype:     as which it is written whatever the model is written as; None for the model's.
     """
 
     name: str
     shape: tuple[int, ...]
     view: Tensor
     encoding: Encoding = Encoding.PLAIN
+    dtype: torch.dtype | None = None
 
     def under(self, prefix: str) -> StoredTensor:
         """Returns the same with ``prefix.`` before its name."""

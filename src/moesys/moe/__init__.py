@@ -1,6 +1,7 @@
 """Routing, the MoE layer and its two seams. Single-device PyTorch: knows nothing of ranks, files or memory tiers."""
 
 from moesys.moe.balance import BiasBalancer, compute_selection_bias
+from moesys.moe.cached_source import CachedLayer, CachedSource, ExpertKey
 from moesys.moe.capacity import Capacity, CapacityFormula, DropBy, compute_positions
 from moesys.moe.choice import Choice
 from moesys.moe.config import MoEConfig
@@ -38,6 +39,8 @@ __all__ = [
     "BalanceScope",
     "Bank",
     "BiasBalancer",
+    "CachedLayer",
+    "CachedSource",
     "Capacity",
     "CapacityFormula",
     "Choice",
@@ -45,6 +48,7 @@ __all__ = [
     "DropBy",
     "Execution",
     "ExpertBank",
+    "ExpertKey",
     "ExpertLoad",
     "ExpertSource",
     "GroupLimitedTopK",

@@ -23,9 +23,10 @@ from moesys.checkpoint import (
     save_model,
 )
 from moesys.config import Config, dump_toml
-from moesys.errors import CheckpointError, ConfigError
+from moesys.errors import CheckpointError, ConfigError, ModelFormatError
 from moesys.models import Decoder
 from moesys.training.build import build_decoder_config, compute_dtype
+from moesys.training.keys import name_misfits
 from moesys.training.metrics import RunMetrics, read_metrics
 from moesys.training.run_directory import RunDirectory
 from moesys.units import format_bytes, format_count
@@ -104,7 +105,10 @@ def _write_folder(
     end_id = tokenizer.end_of_text_id
     model = _build_model(config, tokenizer.vocab_size, state)
     token_ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
-    exported = save_model(model, folder, dtype, token_ids, files)
+    try:
+        exported = save_model(model, folder, dtype, token_ids, files)
+    except ModelFormatError as error:
+        raise ModelFormatError(name_misfits(str(error))) from error
     generation = {**token_ids, "do_sample": True, "temperature": 0.8}
     texts = {
         **tokenizer.render_files(),

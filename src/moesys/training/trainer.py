@@ -34,6 +34,7 @@ from moesys.training.console import Console
 from moesys.training.diagnose import find_first_nonfinite
 from moesys.training.evaluate import Evaluation, evaluate
 from moesys.training.interrupt import Interrupted, Interruption
+from moesys.training.keys import name_misfits
 from moesys.training.log import TrainingLog, Yardstick, open_sinks
 from moesys.training.metrics import drop_after, read_metrics
 from moesys.training.optimizer import MasterAdamW
@@ -330,7 +331,7 @@ def _warn_if_not_exportable(config: DecoderConfig, console: Console) -> None:
     try:
         choose_family(config)
     except ModelFormatError as error:
-        console.warning(f"this model trains, but `moesys export` will refuse it: {error}")
+        console.warning(f"this model trains, but `moesys export` will refuse it: {name_misfits(str(error))}")
 
 
 def _describe_experts(model: ModelConfig) -> str:

@@ -14,6 +14,7 @@ from moesys.models.families.mixtral import MIXTRAL
 from moesys.models.families.olmoe import OLMOE
 from moesys.models.families.phimoe import PHIMOE
 from moesys.models.families.qwen import QWEN2_MOE, QWEN3, QWEN3_MOE
+from moesys.models.families.refused import REFUSED
 
 FAMILIES: tuple[Family, ...] = (
     QWEN3_MOE,
@@ -43,4 +44,4 @@ def choose_family(config: DecoderConfig) -> Family:
     raise ModelFormatError(f"no Hugging Face layout holds this model:\n{reasons}")
 
 
-__all__ = ["FAMILIES", "Family", "choose_family"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "choose_family"]

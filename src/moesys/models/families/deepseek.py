@@ -210,6 +210,27 @@ _LAYOUT = Layout(
     may_hold_more_layers=True,
 )
 
-DEEPSEEK_V2 = Family(("deepseek_v2",), "DeepseekV2ForCausalLM", _LAYOUT, _read_v2, _write_v2)
-DEEPSEEK_V3 = Family(("deepseek_v3", "kimi_k2"), "DeepseekV3ForCausalLM", _LAYOUT, _read_v3, _write_v3)
-GLM4_MOE = Family(("glm4_moe",), "Glm4MoeForCausalLM", _LAYOUT, _read_glm4_moe, _write_glm4_moe)
+DEEPSEEK_V2 = Family(
+    ("deepseek_v2",),
+    "DeepseekV2ForCausalLM",
+    _LAYOUT,
+    _read_v2,
+    _write_v2,
+    "latent attention; softmax routing within the best groups; shared experts; the first layers dense",
+)
+DEEPSEEK_V3 = Family(
+    ("deepseek_v3", "kimi_k2"),
+    "DeepseekV3ForCausalLM",
+    _LAYOUT,
+    _read_v3,
+    _write_v3,
+    "as deepseek_v2 with sigmoid scores and a selection bias (DeepSeek-V3, R1, Kimi-K2)",
+)
+GLM4_MOE = Family(
+    ("glm4_moe",),
+    "Glm4MoeForCausalLM",
+    _LAYOUT,
+    _read_glm4_moe,
+    _write_glm4_moe,
+    "DeepSeek-V3's routing and shared experts with grouped-query attention; rotates half of each head",
+)

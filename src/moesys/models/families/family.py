@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from moesys.errors import ModelFormatError, MoesysError
-from moesys.models.config import DecoderConfig
+from moesys.models.config import AttentionConfig, DecoderConfig, DenseConfig, LatentAttentionConfig
 from moesys.models.decoder import Decoder
-from moesys.models.layout import Layout
+from moesys.models.layout import ExpertStorage, Layout
 from moesys.models.stored import StoredTensor
 from moesys.moe import MoEConfig
 
@@ -29,6 +29,7 @@ class Family:
                    `ModelFormatError` for a value that is not supported.
     write_config:  the keys that `read_config` reads, from our record. Raises `ModelFormatError` for a record that it
                    has no keys for.
+    summary:       what sets it apart from a plain decoder, in one line.
     """
 
     model_types: tuple[str, ...]
@@ -36,6 +37,7 @@ class Family:
     layout: Layout
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
     write_config: Callable[[DecoderConfig], dict[str, Any]]
+    summary: str
 
     @property
     def model_type(self) -> str:
@@ -49,6 +51,18 @@ class Family:
                  empty for the layout that is written.
         """
         return list(self.layout.list_tensors(model, present))
+
+    def with_experts(self, storage: ExpertStorage) -> Family:
+        """Returns the family that writes its experts so; raises `ModelFormatError` where no layout of it does."""
+        layouts = self.layout.moe
+        chosen = [layout for layout in layouts if layout.experts.storage is storage]
+        if not layouts:
+            raise ModelFormatError(f"{self.model_type} has no experts to store as {storage}; drop the option")
+        if not chosen:
+            kinds = ", ".join(sorted({layout.experts.storage for layout in layouts}))
+            raise ModelFormatError(f"{self.model_type} has no layout with {storage} experts; it has {kinds}")
+        others = [layout for layout in layouts if layout not in chosen]
+        return replace(self, layout=replace(self.layout, moe=(*chosen, *others)))
 
     def find_misfits(self, config: DecoderConfig) -> list[str]:
         """Returns why a model cannot be written as this family; empty when it can."""
@@ -74,29 +88,38 @@ def forget_training(config: DecoderConfig) -> DecoderConfig:
     return replace(config, feed_forwards=layers)
 
 
+_KINDS: dict[type, str] = {
+    MoEConfig: "a MoE layer",
+    DenseConfig: "a dense layer",
+    AttentionConfig: "grouped-query attention",
+    LatentAttentionConfig: "latent attention",
+}
+
+
 def describe(value: Any) -> str:
-    """A value in a sentence: the kind of a record, anything else as it is."""
-    return type(value).__name__ if is_dataclass(value) else str(value)
+    """A value in a sentence: the kind of a layer, anything else as it is."""
+    return _KINDS.get(type(value), str(value))
 
 
 def _find_differences(wanted: Any, found: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (field, value, value) where two records differ; the same difference in several layers once."""
+    """Yields (field, value, value) where two records differ; the same difference in several layers once. A field of a
+    layer stands by its own name, one of another record behind that record's."""
     seen = set()
     for item in fields(wanted):
         name = f"{path}{item.name}"
         pair = getattr(wanted, item.name), getattr(found, item.name)
-        pairs = list(zip(*pair, strict=True)) if _are_layers(*pair) else [pair]
-        for one, other in pairs:
+        has_layers = _are_layers(*pair)
+        for one, other in zip(*pair, strict=True) if has_layers else [pair]:
             if one == other or (name, one, other) in seen:
                 continue
             seen.add((name, one, other))
             if is_dataclass(one) and type(one) is type(other):
-                for difference in _find_differences(one, other, f"{name}."):
+                for difference in _find_differences(one, other, path if has_layers else f"{name}."):
                     if difference not in seen:
                         seen.add(difference)
                         yield difference
             else:
-                yield name, one, other
+                yield name.removesuffix("s") if has_layers else name, one, other
 
 
 def _are_layers(one: Any, other: Any) -> bool:

@@ -82,4 +82,5 @@ GPT_OSS = Family(
     ),
     _read_gpt_oss,
     _write_gpt_oss,
+    "attention sinks; every second layer has a window; clamped SwiGLU experts and router with biases",
 )

@@ -72,4 +72,5 @@ GRANITE_MOE = Family(
     ),
     _read_granite_moe,
     _write_granite_moe,
+    "constants scale embedding, attention, residuals and logits",
 )

@@ -19,9 +19,16 @@ FeedForwards = tuple[MoEConfig | DenseConfig, ...]
 
 
 def read_decoder(
-    keys: Keys, mixers: tuple[MixerConfig, ...], feed_forwards: FeedForwards, **options: Any
+    keys: Keys,
+    mixers: tuple[MixerConfig, ...],
+    feed_forwards: FeedForwards,
+    norm: NormConfig | None = None,
+    **options: Any,
 ) -> DecoderConfig:
-    """Reads what every decoder has around its layers; ``options`` are further fields of the record."""
+    """Reads what every decoder has around its layers; ``options`` are further fields of the record.
+
+    norm: None for RMS norms with the epsilon of the keys.
+    """
     require_silu(keys)
     return DecoderConfig(
         vocab_size=keys["vocab_size"],
@@ -30,7 +37,8 @@ def read_decoder(
         feed_forwards=feed_forwards,
         tie_embeddings=keys.get("tie_word_embeddings", False),
         max_positions=keys["max_position_embeddings"],
-        **({"norm": NormConfig(keys["rms_norm_eps"])} | options),
+        norm=NormConfig(keys["rms_norm_eps"]) if norm is None else norm,
+        **options,
     )
 
 

@@ -64,5 +64,12 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-LLAMA = Family(("llama",), "LlamaForCausalLM", Layout(), _read_llama, _write_llama)
-MISTRAL = Family(("mistral",), "MistralForCausalLM", Layout(), _read_mistral, _write_mistral)
+LLAMA = Family(("llama",), "LlamaForCausalLM", Layout(), _read_llama, _write_llama, "dense")
+MISTRAL = Family(
+    ("mistral",),
+    "MistralForCausalLM",
+    Layout(),
+    _read_mistral,
+    _write_mistral,
+    "dense; a window in every layer",
+)

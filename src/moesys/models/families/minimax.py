@@ -76,4 +76,5 @@ MINIMAX_M2 = Family(
     Layout((_make_layout("block_sparse_moe", NUMBERED), _make_layout("mlp", StackedExperts()))),
     _read_minimax_m2,
     _write_minimax_m2,
+    "sigmoid routing with a selection bias; queries and keys normalised over the whole projection",
 )

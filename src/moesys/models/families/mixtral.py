@@ -47,4 +47,11 @@ def _write_mixtral(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-MIXTRAL = Family(("mixtral",), "MixtralForCausalLM", LAYOUT, _read_mixtral, _write_mixtral)
+MIXTRAL = Family(
+    ("mixtral",),
+    "MixtralForCausalLM",
+    LAYOUT,
+    _read_mixtral,
+    _write_mixtral,
+    "the weights of a token's experts sum to one; a window in every layer",
+)

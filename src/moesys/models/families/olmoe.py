@@ -55,4 +55,5 @@ OLMOE = Family(
     Layout((MoELayout("mlp", SeparateExperts()), MoELayout("mlp", StackedExperts()))),
     _read_olmoe,
     _write_olmoe,
+    "queries and keys normalised over the whole projection, and clipped where the config says",
 )

@@ -81,4 +81,5 @@ PHIMOE = Family(
     ),
     _read_phimoe,
     _write_phimoe,
+    "LayerNorm with biases; SparseMixer routing; runs within the length before LongRoPE stretches it",
 )

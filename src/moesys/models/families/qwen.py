@@ -134,6 +134,27 @@ def _write_qwen3_moe(config: DecoderConfig) -> dict[str, Any]:
 
 _MOE = Layout((MoELayout("mlp", SeparateExperts()), MoELayout("mlp", StackedExperts())))
 
-QWEN3 = Family(("qwen3",), "Qwen3ForCausalLM", Layout(), _read_qwen3, _write_qwen3)
-QWEN2_MOE = Family(("qwen2_moe",), "Qwen2MoeForCausalLM", _MOE, _read_qwen2_moe, _write_qwen2_moe)
-QWEN3_MOE = Family(("qwen3_moe",), "Qwen3MoeForCausalLM", _MOE, _read_qwen3_moe, _write_qwen3_moe)
+QWEN3 = Family(
+    ("qwen3",),
+    "Qwen3ForCausalLM",
+    Layout(),
+    _read_qwen3,
+    _write_qwen3,
+    "dense; queries and keys normalised per head; windows in some layers",
+)
+QWEN2_MOE = Family(
+    ("qwen2_moe",),
+    "Qwen2MoeForCausalLM",
+    _MOE,
+    _read_qwen2_moe,
+    _write_qwen2_moe,
+    "a gated shared expert; biases on queries, keys and values; dense layers and windows in some layers",
+)
+QWEN3_MOE = Family(
+    ("qwen3_moe",),
+    "Qwen3MoeForCausalLM",
+    _MOE,
+    _read_qwen3_moe,
+    _write_qwen3_moe,
+    "queries and keys normalised per head; dense layers where the config has them",
+)
