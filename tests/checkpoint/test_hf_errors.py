@@ -155,6 +155,8 @@ def test_quantisations_that_are_not_decoded_are_refused_by_name(folder: Path, me
         ({"dtype": ["float32"]}, ["dtype ['float32']"]),
         ({"hidden_size": KeyError}, ["lacks the key 'hidden_size' that a qwen3_moe needs"]),
         ({"num_attention_heads": 0, "head_dim": None}, ["config.json holds a value that no qwen3_moe has"]),
+        ({"num_key_value_heads": -1}, ["config.json describes no model"]),
+        ({"hidden_size": 10**30}, ["config.json describes no model"]),
         ({"num_hidden_layers": "two"}, ["config.json holds a value that no qwen3_moe has"]),
         ({"decoder_sparse_step": 0}, ["config.json holds a value that no qwen3_moe has"]),
     ],

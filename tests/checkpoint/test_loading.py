@@ -236,6 +236,53 @@ def test_large_weights_lie_in_memory_that_is_resident_when_written() -> None:
     assert allocate_weight((0, 3), torch.float32).numel() == 0
 
 
+ENTRY = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f' {{"x": {ENTRY}}}', "does not begin with {"),
+        ("[]", "does not begin with {"),
+        ("{", "Expecting property name"),
+        (f'{{"x": {ENTRY}, "x": {ENTRY}}}', "has the name 'x' twice"),
+        ('{"x": {"dtype": "F32", "dtype": "F32"}}', "has the name 'dtype' twice"),
+        (f'{{"x": {ENTRY}, "y": NaN}}', "has NaN, which is no JSON"),
+        (f'{{"\\ud800": {ENTRY}}}', "surrogates not allowed"),
+        (f'{{"x": {ENTRY}, "__metadata__": {{"a": 1}}}}', "__metadata__ is not an object of texts"),
+        (f'{{"x": {ENTRY}, "__metadata__": []}}', "__metadata__ is not an object of texts"),
+        (f'{{"x": {ENTRY}, "deep": {"[" * 50_000}', "nested too deeply"),
+        (f'{{"x": {ENTRY}, "y": {ENTRY}}}', "y should lie at bytes 4 to 8, not 0 to 4"),
+        (f'{{"x": {ENTRY.replace("[0, 4]", "[1, 5]")}}}', "x should lie at bytes 0 to 4, not 1 to 5"),
+        (f'{{"x": {ENTRY.replace("[1]", "[-1]")}}}', "its shape of x is -1"),
+        (f'{{"x": {ENTRY.replace("[1]", "[true]")}}}', "its shape of x is True"),
+        (f'{{"x": {ENTRY.replace("[1]", "[4294967296, 4294967296]")}}}', "a shape too large"),
+        (f'{{"x": {ENTRY.replace("F32", "F4")}}}', "x has the unknown dtype 'F4'"),
+        (f'{{"x": {ENTRY.replace("[0, 4]", "[0, 4, 8]")}}}', "no dtype, shape and offsets for x"),
+        ("{}", "its tensors end at byte 0 of 4"),
+    ],
+)
+def test_headers_that_no_reader_should_believe(tmp_path: Path, header: str, message: str) -> None:
+    contents = header.encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(contents).to_bytes(8, "little") + contents + bytes(4))
+    with pytest.raises(ModelFormatError) as caught, open_model_files(tmp_path):
+        pass
+    assert str(path) in str(caught.value)
+    assert "is not a whole safetensors file" in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [13, 10**8 + 1, 2**63, 2**64 - 1])
+def test_a_header_cannot_be_longer_than_its_file(tmp_path: Path, length: int) -> None:
+    (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}" + bytes(10))
+    with (
+        pytest.raises(ModelFormatError, match=f"its header claims {length} bytes of at most 12"),
+        open_model_files(tmp_path),
+    ):
+        pass
+
+
 def test_json_that_is_too_long_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"a": 1}')

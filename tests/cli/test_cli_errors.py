@@ -178,7 +178,10 @@ def test_a_seed_at_temperature_zero(moesys_command: Call, model: Path, command: 
         (["--heldout-fraction", "0"], r"data.heldout_fraction: Input should be greater than 0 \(got 0.0\)"),
         (["--format", "text"], r"data.format has no effect: data.source is not a file or folder"),
         (["--text-field", "body"], r"data.text_field has no effect: plain text has no fields"),
-        (["--data", "x", "--format", "word"], r"data.format: Input should be 'auto', 'text', 'jsonl' or"),
+        (
+            ["--data", "x", "--format", "word"],
+            r"data.format: Input should be 'auto', 'text', 'jsonl', 'parquet' or 'chat'",
+        ),
     ],
 )
 def test_evaluation_options_that_cannot_be_used(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from moesys.config import (
     ModelConfig,
     RuntimeConfig,
     TrainingConfig,
+    build_config,
     check_effects,
+    dump_toml,
     load_config,
 )
 from moesys.config.effects import RULES, Rule, find_idle_rules
@@ -21,6 +24,7 @@ from moesys.config.load import list_keys
 from moesys.errors import IneffectiveOptionError
 
 NO_EXPERTS = "model.num_experts=0"
+CHATS = ["data.source=folder", "data.format=chat"]
 
 IDLE: dict[str, list[str]] = {
     "model.top_k": [NO_EXPERTS, "model.top_k=3"],
@@ -49,6 +53,12 @@ IDLE: dict[str, list[str]] = {
     "model.intermediate_size": ["model.num_experts=[4, 8]", "model.intermediate_size=8"],
     "model.sliding_window": ["model.sliding_window=256", "data.sequence_length=256"],
     "data.vocab_size": ["data.tokenizer=t.json", "data.vocab_size=300"],
+    "data.tokenizer": ["model.init=folder", "data.tokenizer=t.json"],
+    "training.seed": ["model.init=folder", "training.seed=1"],
+    "data.chat_template": ["data.source=folder", "data.chat_template=t.jinja"],
+    "data.chat_answers": ["data.source=folder", "data.chat_answers=last"],
+    "data.chat_date": ["data.source=folder", "data.chat_date=2025-05-01"],
+    "data.overlong": ["data.source=folder", "data.overlong=drop"],
     "data.format": ["data.format=text"],
     "data.text_field": ["data.source=folder", "data.format=text", "data.text_field=body"],
     "training.decay_fraction": ["training.decay_fraction=0.5"],
@@ -80,6 +90,12 @@ EFFECTIVE: dict[str, list[str]] = {
     "training.balance_scope": ["training.balance_scope=sequence"],
     "model.sliding_window": ["model.sliding_window=255", "data.sequence_length=256"],
     "data.vocab_size": ["data.vocab_size=300"],
+    "data.tokenizer": ["data.tokenizer=t.json"],
+    "training.seed": ["training.seed=1"],
+    "data.chat_template": [*CHATS, "data.chat_template=t.jinja"],
+    "data.chat_answers": [*CHATS, "data.chat_answers=last"],
+    "data.chat_date": [*CHATS, "data.chat_date=2025-05-01"],
+    "data.overlong": [*CHATS, "data.overlong=drop"],
     "data.format": ["data.source=folder", "data.format=text"],
     "data.text_field": ["data.source=hf:a/b", "data.text_field=body"],
     "training.decay_fraction": ["training.schedule=wsd", "training.decay_fraction=0.5"],
@@ -118,6 +134,27 @@ def test_rule_is_silent_where_the_key_was_not_set(rule: Rule) -> None:
     config = load_config(overrides=overrides)
     is_idle_by_default = rule.key not in ("training.evaluate_every", "training.checkpoint_every")
     assert (rule in find_idle_rules(config)) is is_idle_by_default
+
+
+def test_a_model_that_is_given_decides_every_key_of_its_section_but_two() -> None:
+    for key in list_keys(ModelConfig, "model."):
+        if key not in ("model.init", "model.balance_bias_rate"):
+            value = ModelConfig.model_fields[key.removeprefix("model.")].default
+            with pytest.raises(
+                IneffectiveOptionError, match=f"{key} has no effect: the model's shape is that of model.i"
+            ):
+                check_effects(Config(model=ModelConfig.model_validate({"init": "folder", key[6:]: value})))
+    given = load_config(
+        overrides=["model.init=folder", "model.balance_bias_rate=0.001", "training.balance_loss=0.1"]
+    )
+    written = dump_toml(given)
+    assert "[model]\ninit = " in written
+    assert "hidden_size" not in written
+    assert load_config_text(written) == given
+
+
+def load_config_text(text: str) -> Config:
+    return build_config(tomllib.loads(text))
 
 
 @pytest.mark.parametrize(("name", "is_idle"), [("a.txt", True), ("a.py", True), ("a.JSONL", False)])

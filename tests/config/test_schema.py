@@ -5,18 +5,26 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from moesys.config import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainingConfig
+from moesys.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    RuntimeConfig,
+    TrainingConfig,
+    load_config,
+)
 from moesys.config.load import list_keys
 
 KEYS = {
-    "model": "hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size num_experts top_k "
+    "model": "init hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size num_experts top_k "
     "expert_intermediate_size expert_activation expert_limit expert_alpha expert_bias "
     "shared_expert_intermediate_size normalize_top_k top_k_scale router_score "
     "router_min_score expert_groups top_k_groups balance_bias_rate capacity_factor capacity_formula min_capacity "
     "drop_by shared_expert_gate residual_expert qk_norm attention_bias "
     "sliding_window rope_theta norm_epsilon tie_embeddings init_std",
-    "data": "source format text_field tokenizer vocab_size sequence_length heldout_fraction "
-    "attend_across_documents seed",
+    "data": "source format text_field chat_template chat_answers chat_date overlong tokenizer vocab_size "
+    "sequence_length heldout_fraction attend_across_documents seed",
     "training": "steps batch_sequences micro_batch_sequences learning_rate final_learning_rate_ratio "
     "schedule warmup_steps decay_fraction weight_decay beta1 beta2 epsilon gradient_clip balance_loss "
     "balance_scope router_z_loss dtype seed log_every evaluate_every evaluate_tokens checkpoint_every keep_checkpoints "
@@ -55,6 +63,15 @@ def test_json_schema_carries_defaults_and_meanings() -> None:
     model = Config.model_json_schema()["$defs"]["ModelConfig"]["properties"]
     assert model["top_k"]["default"] == 2
     assert model["top_k"]["description"] == "Experts that compute each token."
+
+
+def test_a_date_is_a_toml_date_or_a_text() -> None:
+    assert load_config(
+        overrides=["data.format=chat", "data.source=x", "data.chat_date=2025-05-01"]
+    ).data.chat_date == (DataConfig(format="chat", chat_date="2025-05-01").chat_date)
+    for wrong in ("yesterday", "2025-13-01", "2025-05-01T10:00:00"):
+        with pytest.raises(ValidationError, match="must be a day as YYYY-MM-DD"):
+            DataConfig(format="chat", chat_date=wrong)
 
 
 def test_derived_numbers() -> None:

@@ -10,7 +10,15 @@ from small_models import DENSE, MOE, VOCAB, make_config, make_model
 
 from moesys.errors import ShapeError
 from moesys.kernels import Activation, ExpertForm
-from moesys.models import AttentionConfig, Role, RopeConfig, classify_parameters
+from moesys.models import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LongRopeScaling,
+    Role,
+    RopeConfig,
+    classify_parameters,
+    compute_mean_visible_keys,
+)
 from moesys.moe import MoEConfig
 
 
@@ -66,9 +74,8 @@ def count_visible_keys(window: int | None, context: int) -> float:
 
 @pytest.mark.parametrize(("window", "context"), WINDOWS)
 def test_mean_visible_keys_equal_a_count_over_positions(window: int | None, context: int) -> None:
-    attention = make_config(sliding_window=window).attention
     expected = count_visible_keys(window, context)
-    assert attention.compute_mean_visible_keys(context) == pytest.approx(expected, rel=1e-12)
+    assert compute_mean_visible_keys(window, context) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("window", "context"), WINDOWS)
@@ -80,6 +87,31 @@ def test_training_flops_by_hand(window: int | None, context: int) -> None:
     visible = count_visible_keys(window, context)
     expected = 3 * (2 * config.num_matmul_parameters_per_token + 2 * per_key * visible)
     assert config.compute_training_flops_per_token(context) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("query_rank", [None, 5])
+def test_latent_attention_is_counted_by_its_modules(query_rank: int | None) -> None:
+    mixer = LatentAttentionConfig(4, query_rank, 7, 6, 3, RopeConfig(2))
+    config = replace(make_config(), mixers=(mixer, mixer))
+    model = make_model(config)
+    roles = classify_parameters(model)
+    weights = sum(
+        p.numel() for name, p in model.named_parameters() if ".mixer." in name and roles[name] is Role.PROJECTION
+    )
+    assert 2 * mixer.count_weights(12) == weights
+    per_key = 2 * 4 * ((6 + 2) + 3)
+    expected = 3 * (2 * config.num_matmul_parameters_per_token + 2 * per_key * count_visible_keys(None, 9))
+    assert config.compute_training_flops_per_token(9) == pytest.approx(expected, rel=1e-12)
+
+
+def test_positions_end_with_the_first_limit() -> None:
+    assert make_config().position_limit == 2048
+    short = LongRopeScaling((1.0,) * 3, (2.0,) * 3, original_positions=40, factor=2.0)
+    limited = make_config(rope=RopeConfig(6, scaling=short))
+    assert limited.position_limit == 40
+    assert replace(limited, max_positions=30).position_limit == 30
+    mixed = (make_config().mixers[0], limited.mixers[0])
+    assert replace(limited, mixers=mixed).position_limit == 40
 
 
 def test_records_are_frozen_and_equal_by_value() -> None:

@@ -8,7 +8,7 @@ import pytest
 from small_models import DENSE, MOE, make_config, make_model
 from torch import nn
 
-from moesys.models import Role, classify_parameters
+from moesys.models import Decoder, NormConfig, NormKind, Role, classify_parameters
 
 
 def test_every_parameter_has_the_right_role() -> None:
@@ -37,10 +37,27 @@ def test_every_parameter_has_the_right_role() -> None:
     assert set(roles.values()) == set(Role)
 
 
+def test_the_smaller_parameters_have_roles_of_their_own() -> None:
+    layers = (replace(MOE, router_bias=True, expert_bias=True), replace(DENSE, bias=True))
+    config = make_config(feed_forwards=layers, tie=False, has_sinks=True)
+    config = replace(config, head_bias=True, norm=NormConfig(1e-5, NormKind.LAYER))
+    roles = classify_parameters(Decoder(config))
+    biases = ("bias", "bias_E", "bias_EF", "bias_ED", "sinks_H")
+    for name, role in roles.items():
+        if name.endswith(biases):
+            assert role is Role.BIAS, name
+        elif "norm" in name:
+            assert role is Role.NORM, name
+        else:
+            assert role not in (Role.BIAS, Role.NORM), name
+    for ending in ("sinks_H", "final_norm.bias", "router.bias_E", "head.bias", "down_bias_ED", "down_proj.bias"):
+        assert any(name.endswith(ending) for name in roles), ending
+
+
 def test_unknown_module_is_an_error() -> None:
     model = make_model()
-    model.blocks[0].input_norm = nn.LayerNorm(12)
-    with pytest.raises(TypeError, match=r"parameter 'weight' of LayerNorm has no role; add it to Role"):
+    model.blocks[0].input_norm = nn.GroupNorm(2, 12)
+    with pytest.raises(TypeError, match=r"parameter 'weight' of GroupNorm has no role; add it to Role"):
         classify_parameters(model)
 
 

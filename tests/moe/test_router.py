@@ -14,13 +14,18 @@ from moesys.errors import RoutingError
 from moesys.moe import (
     Choice,
     GroupLimitedTopK,
+    BiasBalancer,
+    MoEConfig,
+    MoELayer,
     Normalization,
     Router,
     Routing,
     Score,
     Selection,
+    SparseMixer,
     Threshold,
     TopK,
+    Weighting,
 )
 
 HIDDEN, NUM_EXPERTS = 5, 6
@@ -31,9 +36,10 @@ def make_router(
     selection: Selection | None = None,
     *,
     score: Score = Score.SOFTMAX,
-    normalization: Normalization = Normalization.NONE,
+    normalization: Weighting = Normalization.NONE,
     scale: float = 1.0,
     bias: bool = False,
+    logit_bias: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Router:
     router = Router(
@@ -43,6 +49,7 @@ def make_router(
         score=score,
         weighting=normalization,
         scale=scale,
+        has_bias=logit_bias,
         has_selection_bias=bias,
     )
     torch.nn.init.normal_(router.weight_ED, generator=torch.Generator().manual_seed(0))
@@ -63,8 +70,9 @@ def split(choice: Choice) -> list[list[int]]:
 def weigh_slowly(router: Router, x_TD: Tensor, choice: Choice) -> Tensor:
     """One token and one expert at a time, differentiable."""
     weights = []
+    biases = torch.zeros(NUM_EXPERTS, dtype=x_TD.dtype) if router.bias_E is None else router.bias_E
     for x_D, experts in zip(x_TD, split(choice), strict=True):
-        logits = [row @ x_D for row in router.weight_ED]
+        logits = [row @ x_D + bias for row, bias in zip(router.weight_ED, biases, strict=True)]
         if router.score is Score.SOFTMAX:
             total = sum(logit.exp() for logit in logits)
             scores = [logit.exp() / total for logit in logits]
@@ -77,8 +85,21 @@ def weigh_slowly(router: Router, x_TD: Tensor, choice: Choice) -> Tensor:
                 chosen = [scores[e] / sum(scores[i] for i in experts) for e in experts]
             case Normalization.BEFORE:
                 chosen = [logits[e].exp() / sum(logits[i].exp() for i in experts) for e in experts]
+            case SparseMixer(epsilon=epsilon):
+                chosen = mix_slowly(logits, experts, epsilon)
         weights += [router.scale * weight for weight in chosen]
     return torch.stack(weights)
+
+
+def mix_slowly(logits: list[Tensor], experts: list[int], epsilon: float) -> list[Tensor]:
+    """PhiMoE's rule: each expert's softmax among those still there whose logit is near its own."""
+    weights, left = [], dict(enumerate(logits))
+    for chosen in experts:
+        best = left[chosen]
+        near = [s for s in left.values() if (best - s) / max(abs(s), best) <= 2 * epsilon]
+        weights.append(best.exp() / sum(s.exp() for s in near))
+        del left[chosen]
+    return weights
 
 
 @pytest.mark.parametrize("normalization", list(Normalization))
@@ -247,3 +268,78 @@ def test_large_logits_do_not_overflow() -> None:
         router.weight_ED.mul_(1e4)
     weights = router(make_x(dtype=torch.float32)).weights.view(-1, 2)
     assert math.isclose(weights.sum(1).min().item(), 1.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.2, 0.6])
+@pytest.mark.parametrize("selection", [TopK(1), TopK(2), TopK(4), GroupLimitedTopK(3, 3, 2)], ids=str)
+def test_a_sparse_mixer_equals_its_formula(selection: Selection, epsilon: float) -> None:
+    router = make_router(selection, normalization=SparseMixer(epsilon), logit_bias=True)
+    assert router.bias_E is not None
+    torch.nn.init.normal_(router.bias_E, generator=torch.Generator().manual_seed(2))
+    x = make_x(40).requires_grad_()
+    routing = router(x)
+    expected = weigh_slowly(router, x, routing.choice)
+    torch.testing.assert_close(routing.weights, expected, rtol=1e-10, atol=1e-12)
+    upstream = torch.arange(routing.num_assignments, dtype=torch.float64).cos()
+    inputs = [x, router.weight_ED, router.bias_E]
+    found = torch.autograd.grad(routing.weights, inputs, upstream)
+    wanted = torch.autograd.grad(expected, inputs, upstream)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert not router.is_normalized
+    router.require_learnable(1)
+
+
+def test_a_sparse_mixer_drops_what_is_far_and_keeps_what_is_near() -> None:
+    """Logits of both signs by hand: 2, 1.9, -3 and -3.1 for the best, then without it."""
+    router = Router(1, 4, TopK(2), weighting=SparseMixer(0.05)).double()
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.tensor([[2.0], [1.9], [-3.0], [-3.1]]))
+    weights = router(torch.ones(1, 1, dtype=torch.float64)).weights.tolist()
+    assert weights == pytest.approx([1 / (1 + math.exp(-0.1)), 1.0])
+    with torch.no_grad():
+        router.weight_ED.neg_().sub_(10.0)
+    # The best is -6.9: both sides of the quotient's sign; -7 lies (0.1 / 7) away, -11.9 more than 0.1.
+    weights = router(torch.ones(1, 1, dtype=torch.float64)).weights.tolist()
+    assert weights == pytest.approx([1 / (1 + math.exp(-0.1)), 1.0])
+
+
+def test_gradcheck_through_a_sparse_mixer() -> None:
+    router = make_router(TopK(2), normalization=SparseMixer(0.4))
+    x = make_x(4)
+    choice = router(x).choice
+    assert torch.autograd.gradcheck(lambda x: router(x, given=choice).weights, x.requires_grad_())
+
+
+def test_a_sparse_mixer_refuses_different_numbers_of_experts() -> None:
+    with pytest.raises(RoutingError, match="a SparseMixer weighs a fixed number of experts per token; use TopK"):
+        make_router(Threshold(4, 0.1), normalization=SparseMixer(0.1))(make_x())
+
+
+@pytest.mark.parametrize("normalization", list(Normalization))
+def test_the_bias_of_the_logits_enters_choice_and_weights(normalization: Normalization) -> None:
+    router, x = make_router(TopK(2), normalization=normalization, logit_bias=True), make_x().requires_grad_()
+    before = router(x)
+    assert router.bias_E is not None
+    with torch.no_grad():
+        router.bias_E[4] = 20.0
+    routing = router(x)
+    assert (routing.expert_ids.view(-1, 2)[:, 0] == 4).all()
+    torch.testing.assert_close(routing.logits_TE[:, 4], before.logits_TE[:, 4] + 20.0)
+    torch.testing.assert_close(routing.weights, weigh_slowly(router, x, routing.choice), rtol=1e-10, atol=1e-12)
+    assert {"weight_ED", "bias_E"} == set(router.state_dict()) == dict(router.named_parameters()).keys()
+
+
+def test_a_selection_bias_without_a_rate_stays_and_is_saved() -> None:
+    """As in a model that was loaded."""
+    fixed = MoELayer(HIDDEN, MoEConfig(NUM_EXPERTS, 2, 4, selection_bias=True))
+    moving = MoELayer(HIDDEN, MoEConfig(NUM_EXPERTS, 2, 4, bias_update_rate=0.5))
+    for layer, moves in ((fixed, False), (moving, True)):
+        assert layer.router.selection_bias_E is not None
+        layer.router.selection_bias_E.copy_(torch.arange(6.0))
+        balancer = BiasBalancer(layer)
+        balancer.add({0: layer(make_x(dtype=torch.float32))[1]})
+        balancer.apply()
+        saved = layer.state_dict()["router.selection_bias_E"]
+        assert torch.equal(saved, torch.arange(6.0)) != moves
+    assert MoELayer(HIDDEN, MoEConfig(NUM_EXPERTS, 2, 4)).router.selection_bias_E is None

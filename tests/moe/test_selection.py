@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesys.errors import RoutingError
-from moesys.moe import Choice, GroupLimitedTopK, Selection, Threshold, TopK
+from moesys.moe import Choice, GroupLimitedTopK, GroupScore, Selection, Threshold, TopK
 
 Row = list[float]
 # A few values only, so that ties are common.
@@ -40,10 +40,10 @@ def choose_best(row: Row, k: int) -> list[int]:
     return rank(row)[:k]
 
 
-def choose_in_groups(row: Row, k: int, num_groups: int, top_groups: int) -> list[int]:
+def choose_in_groups(row: Row, k: int, num_groups: int, top_groups: int, num_counted: int = 2) -> list[int]:
     size = len(row) // num_groups
     groups = [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
-    totals = [sum(sorted((row[e] for e in group), reverse=True)[:2]) for group in groups]
+    totals = [sum(sorted((row[e] for e in group), reverse=True)[:num_counted]) for group in groups]
     open_experts = [e for g in choose_best(totals, top_groups) for e in groups[g]]
     return sorted(open_experts, key=lambda e: (-row[e], e))[:k]
 
@@ -58,6 +58,13 @@ CASES: list[tuple[Selection, Callable[[Row], list[int]]]] = [
     *(
         (GroupLimitedTopK(k, g, t), lambda row, k=k, g=g, t=t: choose_in_groups(row, k, g, t))
         for k, g, t in ((1, 3, 1), (3, 3, 2), (3, 2, 1), (6, 6, 6), (2, 6, 2), (4, 1, 1))
+    ),
+    *(
+        (
+            GroupLimitedTopK(k, g, t, GroupScore.MAX),
+            lambda row, k=k, g=g, t=t: choose_in_groups(row, k, g, t, num_counted=1),
+        )
+        for k, g, t in ((1, 3, 1), (3, 3, 2), (3, 2, 1), (4, 1, 1))
     ),
     *(
         (Threshold(k, s), lambda row, k=k, s=s: choose_passing(row, k, s))
@@ -97,6 +104,12 @@ def test_negative_scores_of_open_groups_win_against_closed_groups() -> None:
     """With zeros instead of minus infinity, a closed group would win here."""
     scores = torch.tensor([[-0.1, -0.2, -3.0, -3.0]])
     assert split(GroupLimitedTopK(2, 2, 1).choose(scores)) == [[0, 1]]
+
+
+def test_groups_compete_with_their_best_or_with_their_two_best() -> None:
+    scores = torch.tensor([[0.9, 0.0, 0.6, 0.5]])
+    assert split(GroupLimitedTopK(1, 2, 1, GroupScore.MAX).choose(scores)) == [[0]]
+    assert split(GroupLimitedTopK(1, 2, 1).choose(scores)) == [[2]]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Bytes that must survive: training checkpoints with verified manifests, and Hugging Face model folders."""
 
+from moesys.checkpoint.convert import ConvertedModel, convert_model
 from moesys.checkpoint.files import FileSystem, WrittenFile, replace_file, write_text_atomic
 from moesys.checkpoint.hf import ExportedWeights, load_model, save_model
+from moesys.checkpoint.hub import ModelSource, resolve_model
 from moesys.checkpoint.inventory import Inventory, LayerExperts, ModelInventory, PartSize, read_inventory
+from moesys.checkpoint.layout import FolderLayout, read_layout
 from moesys.checkpoint.model_card import CurvePoint, ModelCard
+from moesys.checkpoint.new_folder import require_new_folder, write_new_folder
 from moesys.checkpoint.nonfinite import NonFinite, WeightCheck, check_weights
 from moesys.checkpoint.offloaded import OffloadedWeights, open_offloaded
 from moesys.checkpoint.parts import Part
@@ -16,26 +20,35 @@ from moesys.checkpoint.run_checkpoint import (
     verify_checkpoint,
 )
 from moesys.checkpoint.safetensors_file import Selection
+from moesys.checkpoint.storage_form import AS_PUBLISHED, StorageForm
 from moesys.checkpoint.text_model import TextModel, load_text_model, parse_dtype
+from moesys.checkpoint.verification import Verification, verify_export
 
 __all__ = [
+    "AS_PUBLISHED",
+    "ConvertedModel",
     "CurvePoint",
     "ExportedWeights",
     "FileSystem",
+    "FolderLayout",
     "Inventory",
     "LayerExperts",
     "ModelCard",
     "ModelInventory",
+    "ModelSource",
     "NonFinite",
     "OffloadedWeights",
     "Part",
     "PartSize",
     "RunState",
     "Selection",
+    "StorageForm",
     "TextModel",
+    "Verification",
     "WeightCheck",
     "WrittenFile",
     "check_weights",
+    "convert_model",
     "describe_config_difference",
     "list_checkpoints",
     "load_model",
@@ -44,9 +57,14 @@ __all__ = [
     "open_offloaded",
     "parse_dtype",
     "read_inventory",
+    "read_layout",
     "replace_file",
+    "require_new_folder",
+    "resolve_model",
     "save_checkpoint",
     "save_model",
     "verify_checkpoint",
+    "verify_export",
+    "write_new_folder",
     "write_text_atomic",
 ]

@@ -41,8 +41,8 @@ def resolve_model(name: str | Path) -> ModelSource:
     name: a folder; or ``org/model`` or ``org/model@revision`` on the Hugging Face hub, where neither the folder nor
         ``org`` exists here; ``hf:org/model`` names the hub in any case. A download goes on where it stopped.
 
-    Raises `ModelFormatError` where the hub has no such model, or cannot be reached and the model was not fetched before.
-    A folder that does not exist is returned: its reader says what was expected there.
+    Raises `ModelFormatError` where the hub has no such model, or cannot be reached and the model was not fetched
+    before. A folder that does not exist is returned: its reader says what was expected there.
     """
     text = str(name)
     found = _HUB_NAME.fullmatch(text.removeprefix(_HUB_PREFIX))
@@ -87,7 +87,7 @@ def _explain(repository: str, revision: str | None, error: Exception) -> str:
         where = f"{repository}@{revision}" if revision else repository
         why = "HF_HUB_OFFLINE forbids it" if constants.HF_HUB_OFFLINE else "it cannot be reached"
         return (
-            f"{where} is not a folder here, has not been fetched completely into {constants.HF_HUB_CACHE}, and cannot be "
+            f"{where} is no folder here, was not fetched whole into {constants.HF_HUB_CACHE} before, and cannot be "
             f"fetched from the hub: {why}; give a local folder, copy the model into that cache (HF_HUB_CACHE names "
             "another one), or go online (unset HF_HUB_OFFLINE)"
         )

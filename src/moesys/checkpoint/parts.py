@@ -21,7 +21,7 @@ class Part(StrEnum):
 
     EMBEDDING = "embedding"
     ATTENTION = "attention"
-    DENSE = "dense_feed_forward"
+    DENSE = "dense_layers"
     SHARED = "shared_expert"
     ROUTER = "router"
     NORM = "norms"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +20,30 @@ ConfigArguments = Annotated[
         show_default=False,
     ),
 ]
+
+
+def find_model(name: str) -> Path:
+    """Returns the folder of a model that a user names; says on stderr which commit a name on the hub stands for."""
+    from moesys.checkpoint import resolve_model
+
+    source = resolve_model(name)
+    if source.repository is not None:
+        print(f"using {source.name}", file=sys.stderr)
+    return source.folder
+
+
+def _find_argument(context: typer.Context, name: str) -> Path | None:
+    return None if context.resilient_parsing else find_model(name)
+
+
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A model folder in Hugging Face layout.")
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder in Hugging Face layout, or org/model[@revision] on the hub.",
+        parser=str,
+        callback=_find_argument,
+    ),
 ]
 MaxNewTokens = Annotated[
     int | None,

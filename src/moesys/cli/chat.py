@@ -24,6 +24,9 @@ from moesys.cli.arguments import (
 def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Which of the model's chat templates.", show_default="default")
+    ] = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
@@ -43,8 +46,8 @@ def chat(
     from moesys.inference import ChatFormat, ChatSession, Engine
 
     sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    chat_format = ChatFormat.load(model, template)
     loaded = load_text_model(model, dtype)
-    chat_format = ChatFormat.load(model)
     if chat_format.template is None:
         print(
             "this model has no chat template: it sees a transcript of User: and Assistant: turns",

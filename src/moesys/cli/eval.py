@@ -17,7 +17,7 @@ def evaluate(
     ] = "stdlib",
     format: Annotated[
         str | None,
-        typer.Option(help="text, jsonl or parquet.", show_default="by the file name's ending"),
+        typer.Option(help="text, jsonl, parquet or chat.", show_default="by the file name's ending"),
     ] = None,
     text_field: Annotated[
         str | None, typer.Option(help="The field that holds the text of records.", show_default="text")
@@ -37,7 +37,7 @@ def evaluate(
     dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure loss and bits per byte on held-out text, each document seen alone.
+    """Measure loss and bits per byte on held-out text, each document seen alone; of chats, on the answers.
 
     Without options it scores the held-out files of the default corpus.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moesys.checkpoint import Inventory, ModelInventory, Part, PartSize, WeightCheck
+from moesys.checkpoint import Inventory, ModelInventory, PartSize, WeightCheck
 from moesys.models import AttentionConfig, DecoderConfig, MixerConfig
 from moesys.planning import Footprint, Placement, TierPlacement
 from moesys.units import format_bytes, format_count
@@ -57,7 +58,7 @@ class Report:
                 *_render_placement(sizing),
             ]
         if self.inventory.obstacle is not None:
-            lines += ["", "moesys cannot load it:", f"  {self.inventory.obstacle}"]
+            lines += ["", "moesys cannot load it:", *_wrap_paragraphs(self.inventory.obstacle)]
         return lines
 
     def render_json(self, check: WeightCheck | None) -> dict[str, Any]:
@@ -109,8 +110,7 @@ def _describe_model(model: ModelInventory) -> Iterator[str]:
     active = f", {format_count(num_active)} active per token" if num_active < num_parameters else ""
     yield from _wrap("parameters", format_count(num_parameters) + active)
     yield from _wrap("layers", _describe_layers(model))
-    for text in _describe_mixers(config):
-        yield from _wrap("attention", text)
+    yield from _wrap("attention", "; ".join(_describe_mixers(config)))
     yield from _wrap("context", f"{config.position_limit} tokens, of a vocabulary of {config.vocab_size}")
 
 
@@ -128,7 +128,7 @@ def _describe_layers(model: ModelInventory) -> str:
 
 
 def _describe_mixers(config: DecoderConfig) -> Iterator[str]:
-    """Yields a line for each kind of mixer, those that differ in the window only as one."""
+    """Yields the kinds of mixers, then the windows."""
     heads = Counter(_describe_heads(mixer) for mixer in config.mixers)
     windows = Counter(mixer.sliding_window for mixer in config.mixers if mixer.sliding_window is not None)
     for text, count in heads.items():
@@ -173,6 +173,8 @@ def _render_placement(sizing: Sizing) -> Iterator[str]:
     placement, num_experts = sizing.placement, len(sizing.footprint.section_bytes)
     yield f"  {_describe_verdict(placement, num_experts)}"
     for tier in placement.tiers:
+        if len(placement.tiers) > 1:
+            yield f"  {tier.budget.tier}"
         yield from _render_tier(tier, sizing)
     if placement.num_experts_on_disk:
         yield _render_row("disk", placement.disk_bytes, f"{placement.num_experts_on_disk} experts")
@@ -192,7 +194,6 @@ def _describe_verdict(placement: Placement, num_experts: int) -> str:
 
 def _render_tier(tier: TierPlacement, sizing: Sizing) -> Iterator[str]:
     beside = " (beside the share)" if tier.budget.is_share else ""
-    yield f"  {tier.budget.tier}"
     if tier.core_bytes:
         yield _render_row("  used by every token", tier.core_bytes, "all but the experts")
     if sizing.footprint.section_bytes:
@@ -243,11 +244,16 @@ def _encode_placement(placement: Placement) -> dict[str, Any]:
 
 def _wrap(label: str, text: str) -> Iterator[str]:
     """Yields a labelled line, broken between words where it would be too long."""
-    import textwrap
-
     yield from textwrap.wrap(
         text, _WIDTH, initial_indent=f"  {label:<12}", subsequent_indent=" " * 14, break_on_hyphens=False
     )
+
+
+def _wrap_paragraphs(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        yield from textwrap.wrap(
+            line, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
 
 
 def _format_ranges(ids: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 from moesys.config import DataConfig
@@ -20,18 +21,18 @@ class ConversationPacker:
     """Packs conversations with a tokenizer and the chat templates among its files."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> None:
-        files = tokenizer.render_files()
-        templates = ChatTemplates.parse(files, "the tokenizer")
+        templates = ChatTemplates.parse(tokenizer.render_files(), "the tokenizer")
+        today = config.chat_date or date.today().isoformat()
         self._config = config
         self._tokenizer = tokenizer
-        self._answers = AnswerTokenizer(templates, tokenizer, config.chat_answers, config.chat_date)
+        self._answers = AnswerTokenizer(templates, tokenizer, config.chat_answers, today)
         self._cache_dir = cache_dir
         self.fingerprint = hash_parts(
             tokenizer.fingerprint,
             sorted(templates.texts.items()),
             sorted(templates.special_tokens.items()),
             config.chat_answers,
-            config.chat_date,
+            today,
         )
         """SHA-256 over everything that decides the tokens of a conversation."""
 

@@ -7,7 +7,7 @@ order. Reading copies into the views, writing copies out of them. Knows nothing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -45,7 +45,7 @@ class StoredTensor:
 
     def under(self, prefix: str) -> StoredTensor:
         """Returns the same with ``prefix.`` before its name."""
-        return replace(self, name=f"{prefix}.{self.name}")
+        return StoredTensor(f"{prefix}.{self.name}", self.shape, self.view, self.encoding, self.dtype)
 
     def fill(self, values: Tensor) -> None:
         """Copies decoded values into our memory, casting them. Raises `ModelFormatError` for another shape."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -79,8 +80,11 @@ def build_objective(config: Config) -> Objective:
 def require_trainable(config: Config) -> None:
     """Raises `ConfigError`, naming keys, for a model that cannot be built or whose routers could not learn.
 
-    Takes no memory and no time worth mentioning, so that it can be asked before data is prepared.
+    Takes no memory and no time worth mentioning, so that it can be asked before data is prepared. A model that is given
+    has the routers that it has.
     """
+    if config.model.init is not None:
+        return
     decoder = build_decoder_config(config.model, config.data.vocab_size, config.data.sequence_length)
     with naming_keys(), torch.device("meta"):
         for layer in find_layers(Decoder(decoder)).values():
@@ -88,7 +92,7 @@ def require_trainable(config: Config) -> None:
 
 
 def build_model(config: Config, vocab_size: int) -> Decoder:
-    """Builds and initialises the float32 model on the configured device."""
+    """Builds and initialises the float32 model on the configured device, where it starts from nothing."""
     model = Decoder(build_decoder_config(config.model, vocab_size, config.data.sequence_length))
     initialize_weights(model, config.training.seed, config.model.init_std)
     return model.to(select_device(config.runtime.device))
@@ -120,10 +124,18 @@ def resolve_paths(config: Config) -> Config:
     """Returns the config with the paths of its data made absolute, so that a run can be resumed from anywhere."""
     paths = {
         key: str(Path(value).expanduser().resolve())
-        for key in ("source", "tokenizer")
+        for key in ("source", "tokenizer", "chat_template")
         if (value := getattr(config.data, key)) is not None and Path(value).expanduser().exists()
     }
     return config.model_copy(update={"data": config.data.model_copy(update=paths)}) if paths else config
+
+
+def resolve_date(config: Config) -> Config:
+    """Returns the config with today as the date that chat templates write, so that a resumed run reads the same."""
+    if config.data.format != "chat" or config.data.chat_date is not None:
+        return config
+    today = {"chat_date": date.today().isoformat()}
+    return config.model_copy(update={"data": config.data.model_copy(update=today)})
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moesys.config import DataConfig
-from moesys.data import HeldoutSet, Tokenizer, heldout_windows, load_documents, pack_documents, split_heldout
+from moesys.data import HeldoutSet, Tokenizer, heldout_windows, pack_source
 from moesys.kernels import linear_cross_entropy
 from moesys.models import Decoder, DocumentAttend
 from moesys.moe import Execution
@@ -68,16 +68,13 @@ def evaluate_text(
     max_tokens: int | None,
     cache_dir: Path,
 ) -> Evaluation:
-    """Scores the documents of a source.
+    """Scores the documents of a source, or the answers of its conversations.
 
-    data: of which source, format and text field are read.
+    data: of which source, format, text field and what is about chats are read.
     heldout_fraction: score only the documents that training with this fraction holds out; None scores all.
     stride: tokens by which windows advance, None for half the context. max_tokens: None scores everything.
     """
-    documents = load_documents(data.source, data.format, data.text_field)
-    if heldout_fraction is not None:
-        _, documents = split_heldout(documents, heldout_fraction)
     length = model.config.max_positions
-    packed = pack_documents(documents, tokenizer, cache_dir / "packed")
+    packed = pack_source(data, tokenizer, heldout_fraction, cache_dir)
     heldout = heldout_windows(packed, length, max(1, length // 2) if stride is None else stride, max_tokens)
     return evaluate(model, heldout, model.make_resident_execution(), _CHUNK_TOKENS)

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +49,11 @@ class RunDirectory:
         return self.path / "tokenizer"
 
     @property
+    def origin_folder(self) -> Path:
+        """Configs of the model that the run started from; missing where it started from nothing."""
+        return self.path / "origin"
+
+    @property
     def checkpoints_folder(self) -> Path:
         return self.path / "checkpoints"
 
@@ -63,8 +69,15 @@ class RunDirectory:
                 "or choose another folder (--run)"
             )
 
-    def create(self, config: Config, tokenizer: Tokenizer) -> None:
+    def create(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        keep_origin: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         """Makes the folder and writes what describes the run, the config last.
+
+        keep_origin: writes what is kept of the model that the run starts from, where there is one.
 
         Raises `ConfigError` when a run is there already, and `CheckpointError` where nothing can be written.
         """
@@ -72,6 +85,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             tokenizer.save(self.tokenizer_folder)
+            keep_origin(self.origin_folder)
         except OSError as error:
             raise CheckpointError(f"cannot create the run folder {self.path}: {error.strerror}") from None
         write_text_atomic(self.environment_file, json.dumps(describe_environment(config), indent=2) + "\n")

@@ -6,25 +6,34 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moesys.checkpoint import RunState, Selection, list_checkpoints, load_newest_checkpoint, save_checkpoint
-from moesys.config import Config, ModelConfig
-from moesys.data import Batch, HeldoutSet, PreparedData, SequenceLoader, heldout_windows, prepare_data
+from moesys.config import Config
+from moesys.data import (
+    Batch,
+    HeldoutSet,
+    PreparedData,
+    SequenceLoader,
+    heldout_windows,
+    prepare_data,
+)
 from moesys.env import read_cache_dir, read_world_size
 from moesys.errors import ConfigError, DataError, ModelFormatError, NonFiniteError
 from moesys.kernels import Kernel, use_kernel
-from moesys.models import DecoderConfig, choose_family
-from moesys.moe import Capacity, LoadMeter
+from moesys.models import Decoder, DecoderConfig, choose_family
+from moesys.moe import Capacity, LoadMeter, MoEConfig
 from moesys.training.allocator import keep_freed_memory
 from moesys.training.build import (
     build_model,
     build_objective,
     compute_dtype,
     require_trainable,
+    resolve_date,
     resolve_dtype,
     resolve_paths,
     select_device,
@@ -38,6 +47,7 @@ from moesys.training.keys import name_misfits
 from moesys.training.log import TrainingLog, Yardstick, open_sinks
 from moesys.training.metrics import drop_after, read_metrics
 from moesys.training.optimizer import MasterAdamW
+from moesys.training.origin import Origin, find_origin
 from moesys.training.position import Position
 from moesys.training.run_directory import RunDirectory
 from moesys.training.schedule import compute_learning_rate
@@ -63,7 +73,14 @@ class Outcome:
 class Trainer:
     """One run: a model, its optimizer and its data, at some step."""
 
-    def __init__(self, run: RunDirectory, config: Config, data: PreparedData, console: Console) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: Config,
+        data: PreparedData,
+        console: Console,
+        make_model: Callable[[], Decoder],
+    ) -> None:
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
         keep_freed_memory()
@@ -74,7 +91,7 @@ class Trainer:
         self.console = console
         self._device = select_device(config.runtime.device)
         self._dtype = compute_dtype(config)
-        self.model = build_model(config, data.tokenizer.vocab_size)
+        self.model = make_model().to(self._device)
         self._kernel = Kernel(config.runtime.kernel)
         self.execution = self.model.make_resident_execution(recompute=config.memory.activation_checkpointing)
         self.optimizer = MasterAdamW(self.model, config.training, self._dtype)
@@ -109,11 +126,15 @@ class Trainer:
         _require_one_process()
         select_device(config.runtime.device)
         require_trainable(config)
-        config = resolve_paths(resolve_dtype(config))
-        data = prepare_data(config.data, read_cache_dir())
-        trainer = cls(run, config, data, console)
-        _warn_if_not_exportable(trainer.model.config, console)
-        run.create(config, data.tokenizer)
+        config, origin = find_origin(resolve_date(resolve_paths(resolve_dtype(config))), console.message)
+        tokenizer = None if origin is None else origin.load_tokenizer(config)
+        data = prepare_data(config.data, read_cache_dir(), tokenizer)
+        trainer = cls(run, config, data, console, partial(_start_model, config, data, origin))
+        if origin is None:
+            _warn_if_not_exportable(trainer.model.config, console)
+            run.create(config, data.tokenizer)
+        else:
+            run.create(config, data.tokenizer, partial(origin.keep, model=trainer.model))
         return trainer
 
     @classmethod
@@ -123,8 +144,14 @@ class Trainer:
         run = RunDirectory.open(path)
         config = run.load_config()
         data = prepare_data(config.data, read_cache_dir(), run.load_tokenizer())
-        trainer = cls(run, config, data, console)
-        if list_checkpoints(run.checkpoints_folder):
+        has_checkpoint = bool(list_checkpoints(run.checkpoints_folder))
+        if config.model.init is not None and has_checkpoint:
+            make_model = partial(Origin.open(run.origin_folder).make_model, config.model.balance_bias_rate)
+        else:
+            _, origin = find_origin(config, console.message)
+            make_model = partial(_start_model, config, data, origin)
+        trainer = cls(run, config, data, console, make_model)
+        if has_checkpoint:
             trainer._restore()
         else:
             console.warning(f"no checkpoint was written yet in {run.path}: going on from step 0")
@@ -138,7 +165,7 @@ class Trainer:
             self.data.description,
             f"{format_count(self.model.count_parameters())} parameters, "
             f"{format_count(config.num_matmul_parameters_per_token)} multiply each token: {config.num_layers} layers, "
-            f"hidden {config.hidden_size}, {_describe_experts(self.config.model)}",
+            f"hidden {config.hidden_size}, {_describe_experts(config)}",
             f"{self.config.training.steps} steps of {self.tokens_per_step} tokens, {self.config.training.dtype}, "
             f"{self._device}, {torch.get_num_threads()} threads; run in {self.run.path}",
         ]
@@ -310,13 +337,19 @@ class Trainer:
     def _open_log(self) -> Iterator[TrainingLog]:
         train = self.data.train
         yardstick = Yardstick(
-            train.num_tokens / train.num_bytes,
+            train.num_targets / train.num_bytes,
             self.model.config.compute_training_flops_per_token(self.config.data.sequence_length),
             self._dtype,
             self._device,
         )
         with open_sinks(self.run, tensorboard=self.config.runtime.tensorboard) as sinks:
             yield TrainingLog(sinks, self.console, yardstick, self.position)
+
+
+def _start_model(config: Config, data: PreparedData, origin: Origin | None) -> Decoder:
+    if origin is not None:
+        return origin.load_model(config.model.balance_bias_rate)
+    return build_model(config, data.tokenizer.vocab_size)
 
 
 def _require_one_process() -> None:
@@ -334,8 +367,20 @@ def _warn_if_not_exportable(config: DecoderConfig, console: Console) -> None:
         console.warning(f"this model trains, but `moesys export` will refuse it: {name_misfits(str(error))}")
 
 
-def _describe_experts(model: ModelConfig) -> str:
-    return f"experts {model.num_experts} top-{model.top_k}" if any(model.experts_per_layer) else "dense"
+def _describe_experts(config: DecoderConfig) -> str:
+    layers = [layer for layer in config.feed_forwards if isinstance(layer, MoEConfig)]
+    if not layers:
+        return "dense"
+    numbers = [layer.num_experts if isinstance(layer, MoEConfig) else 0 for layer in config.feed_forwards]
+    return f"experts {_shorten(numbers)} top-{layers[0].top_k}"
+
+
+def _shorten(numbers: list[int]) -> int | list[int]:
+    """Returns the pattern of which a list is made, as a number where it has one entry."""
+    length = next(
+        n for n in range(1, len(numbers) + 1) if numbers == (numbers[:n] * len(numbers))[: len(numbers)]
+    )
+    return numbers[0] if length == 1 else numbers[:length]
 
 
 def _is_due(interval: int | None, step: int) -> bool:

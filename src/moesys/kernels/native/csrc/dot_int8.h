@@ -71,9 +71,16 @@ INLINE vec dot_group(const int8_row *x, int64_t group, int8_group w) {
 #endif
 #endif
 
+// Fetches the scales of rows to come: in so slow a stream that hardware prefetchers lose it among the weights.
+INLINE void fetch_scales(const float *scales, int rows, int64_t groups) {
+  const int rows_ahead = 4, line = 16;
+  for (int64_t g = 0; g < rows * groups; g += line) __builtin_prefetch(scales + rows_ahead * groups + g);
+}
+
 INLINE void sum_groups(const int rows, const int first, const int together, const int8_row x[],
                        const int8_t *const w[], const float *const scales[], int64_t groups, int64_t ahead,
                        vec sums[][TILE_COLUMNS]) {
+  if (together < TILE_COLUMNS) fetch_scales(scales[first], together, groups);
   for (int64_t g = 0; g < groups; g++) {
 #pragma GCC unroll 4
     for (int j = first; j < first + together; j++) {

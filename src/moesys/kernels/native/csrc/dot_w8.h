@@ -6,16 +6,21 @@
 
 #include "dot_int8.h"
 
+// Weight rows that are read together even for few activation rows, whose loads would be the limit otherwise.
+#define STREAM_ROWS 2
+
 #define GROUP_VECTORS (GROUP / LANES)
 
 INLINE void sum_w8_groups(const int rows, const int first, const int together, const float *const x[],
                           const int8_t *const w[], const float *const scales[], int64_t groups, int64_t ahead,
                           vec sums[][TILE_COLUMNS]) {
+  const int is_stream = together < TILE_COLUMNS;
+  if (is_stream) fetch_scales(scales[first], together, groups);
   for (int64_t g = 0; g < groups; g++) {
 #pragma GCC unroll 4
     for (int j = first; j < first + together; j++) {
       const int8_t *source = w[j] + g * GROUP;
-      __builtin_prefetch(source + ahead);
+      __builtin_prefetch(is_stream ? w[first] + (g * together + j - first) * GROUP + ahead : source + ahead);
       vec weights[GROUP_VECTORS], scale = splat(scales[j][g]);
 #pragma GCC unroll 16
       for (int v = 0; v < GROUP_VECTORS; v++) weights[v] = load_i8(source + v * LANES);
@@ -34,8 +39,10 @@ INLINE void dot_rows_w8(const int rows, const float *const x[], const int8_t *co
                         int64_t groups, int64_t ahead, float result[][TILE_COLUMNS]) {
   vec sums[TILE_ROWS][TILE_COLUMNS] = {{{0}}};
   if (rows <= FEW_ROWS) {
+    int64_t stream_ahead = STREAM_AHEAD + (STREAM_ROWS - 1) * groups * GROUP;
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE_COLUMNS; j++) sum_w8_groups(rows, j, 1, x, w, scales, groups, STREAM_AHEAD, sums);
+    for (int j = 0; j < TILE_COLUMNS; j += STREAM_ROWS)
+      sum_w8_groups(rows, j, STREAM_ROWS, x, w, scales, groups, stream_ahead, sums);
   } else {
     sum_w8_groups(rows, 0, TILE_COLUMNS, x, w, scales, groups, ahead, sums);
   }

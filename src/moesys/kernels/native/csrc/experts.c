@@ -4,6 +4,7 @@
 // every weight is read from memory once, and the phases are separated by the barrier at the end of each loop.
 #include <stdlib.h>
 
+#include "blocks.h"
 #include "operands.h"
 
 #define UNITS 32         // inner units per block, two weight rows each with a gate
@@ -149,15 +150,17 @@ int moesys_experts(const experts_call *c) {
   int64_t unit_blocks = (c->inner + units - 1) / units;
   int64_t column_blocks = (c->down.rows + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
   if (c->gate_up.format == WEIGHT_W8A8) round_rows(&c->x, c->num_rows, c->threads);
+  block_run inner_runs[c->threads], outer_runs[c->threads];
+  share_blocks(inner_runs, c->threads, num_busy * unit_blocks);
+  share_blocks(outer_runs, c->threads, num_busy * column_blocks);
 #pragma omp parallel num_threads(c->threads)
   {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t block = 0; block < num_busy * unit_blocks; block++) {
+    for (int64_t block; (block = take_block(inner_runs, c->threads)) >= 0;) {
       int64_t unit = block % unit_blocks * units;
       compute_inner(c, busy[block / unit_blocks], unit, (int)least(units, c->inner - unit));
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t block = 0; block < num_busy * column_blocks; block++) {
+#pragma omp barrier
+    for (int64_t block; (block = take_block(outer_runs, c->threads)) >= 0;) {
       int64_t column = block % column_blocks * BLOCK_COLUMNS;
       compute_outer(c, busy[block / column_blocks], column, least(column + BLOCK_COLUMNS, c->down.rows));
     }

@@ -1,6 +1,7 @@
 // y = x @ w^T + bias for a matrix in any weight format.
 //
 // Threads take blocks of weight rows, and of activation rows where there are many; never a part of K.
+#include "blocks.h"
 #include "operands.h"
 
 #define BLOCK_COLUMNS 64
@@ -37,8 +38,10 @@ void moesys_linear(const linear_call *c) {
   int64_t column_blocks = (c->w.rows + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
   int64_t row_blocks = (c->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   if (c->w.format == WEIGHT_W8A8) round_rows(&c->x, c->rows, c->threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(c->threads)
-  for (int64_t block = 0; block < row_blocks * column_blocks; block++) {
+  block_run runs[c->threads];
+  share_blocks(runs, c->threads, row_blocks * column_blocks);
+#pragma omp parallel num_threads(c->threads)
+  for (int64_t block; (block = take_block(runs, c->threads)) >= 0;) {
     int64_t row = block / column_blocks * BLOCK_ROWS, column = block % column_blocks * BLOCK_COLUMNS;
     multiply_block(c, row, least(row + BLOCK_ROWS, c->rows), column, least(column + BLOCK_COLUMNS, c->w.rows));
   }

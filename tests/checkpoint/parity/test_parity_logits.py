@@ -1,0 +1,57 @@
+"""Law 4: a checkpoint of transformers gives its logits here, in one pass, token by token and in batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from family_keys import VARIANT_KEYS
+from oracle import LENGTH, Checkpoint, assert_same, compute_logits, make_tokens
+
+from moesys.inference import Engine, SequenceStep
+
+every_variant = pytest.mark.parametrize("checkpoint", VARIANT_KEYS, indirect=True)
+LENGTHS = (5, 21, 13)
+
+
+@every_variant
+@torch.no_grad()
+def test_one_pass_gives_the_same_logits(checkpoint: Checkpoint) -> None:
+    tokens = make_tokens()
+    assert_same(compute_logits(checkpoint.ours, tokens), checkpoint.theirs(tokens).logits)
+
+
+@every_variant
+@torch.no_grad()
+def test_decoding_with_a_cache_gives_the_same_logits(checkpoint: Checkpoint) -> None:
+    """A prompt in two pieces, then token by token, past windows and original contexts."""
+    tokens = make_tokens(batch=1)
+    engine = Engine(checkpoint.ours)
+    sequence = engine.open_sequence(LENGTH)
+    edges = [0, 3, 11, *range(12, LENGTH + 1)]
+    logits = [
+        engine.step([SequenceStep(sequence, start, tokens[0, start:end].tolist())])[0]
+        for start, end in zip(edges, edges[1:], strict=False)
+    ]
+    assert_same(torch.cat(logits), checkpoint.theirs(tokens).logits[0])
+
+
+@every_variant
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_sequences_of_one_step_equal_a_padded_batch(checkpoint: Checkpoint, side: str) -> None:
+    prompts = [make_tokens(1, length, seed=length)[0] for length in LENGTHS]
+    longest = max(LENGTHS)
+    tokens = torch.full((len(prompts), longest), 3)
+    mask = torch.zeros_like(tokens)
+    places = [slice(longest - n, None) if side == "left" else slice(0, n) for n in LENGTHS]
+    for row, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+        tokens[row, place], mask[row, place] = prompt, 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    theirs = checkpoint.theirs(tokens, attention_mask=mask, position_ids=positions).logits
+    engine = Engine(checkpoint.ours)
+    steps = [SequenceStep(engine.open_sequence(longest), 0, prompt.tolist()) for prompt in prompts]
+    for row, (ours, place) in enumerate(zip(engine.step(steps), places, strict=True)):
+        assert_same(ours, theirs[row, place])
