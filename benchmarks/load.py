@@ -4,15 +4,18 @@ Every load is a process of its own (this script with ``--worker``), alternating 
 and are in the page cache. Cold: they were dropped from it (posix_fadvise) after a sync. The clock starts after the
 imports, with the folder's path, and stops when the logits of a prompt are there, because a loader that maps files has
 done nothing yet when it returns. The disk's rate is measured in the same run by plain large reads of the same cold
-files. A virtual machine hands freed memory back to its host within seconds and gets it again far slower than any
-loader fills it, so every worker first touches and frees as much as it will need. Peak memory is anonymous and shared memory above the same process before it loads: pages of mapped files are the
+files. Peak memory is anonymous and shared memory above the same process before it loads: pages of mapped files are the
 system's to take back.
+
+A virtual machine hands freed memory back to its host within seconds, and gets it again far slower than any loader fills
+it. Every worker therefore touches and frees as much as it will need just before its clock starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -39,6 +42,7 @@ WARM_FLOOR, COLD_FLOOR, DISK_FLOOR = 1.0, 1.5, 0.8
 MEMORY_FACTOR, MEMORY_EXTRA_BYTES = 1.02, 256 * 2**20
 PROMPT_TOKENS = 16
 READERS, READ_BYTES = 4, 16 * 2**20
+TOUCHED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,10 @@ class PeakAnonymous:
 
 def measure_worker(system: str, folder: Path, threads: int) -> dict[str, Any]:
     """In a fresh process: imports, then loads the folder and computes the logits of a prompt."""
-    import torch
-
     if system == DISK:
         touch_memory(folder)
         return measure_disk(folder)
+    import torch
 
     torch.set_num_threads(threads)
     if system == OURS:
@@ -200,14 +203,20 @@ def measure_disk(folder: Path) -> dict[str, Any]:
 
 
 def touch_memory(folder: Path) -> None:
-    """Writes and frees memory for the weights and their pages in the cache, as far as the machine has it."""
-    import torch
+    """Writes and frees memory for the weights and their pages in the cache, as far as the machine has it.
 
+    In huge pages, since it is whole blocks of them that a virtual machine hands back.
+    """
     available = next(
         line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
     )
     weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    torch.ones(min(2 * weight_bytes, int(available.split()[1]) * 1024 * 3 // 4), dtype=torch.uint8)
+    num_bytes = min(2 * weight_bytes, int(available.split()[1]) * 1024 * 3 // 4)
+    with mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        zeros = bytes(TOUCHED_BYTES)
+        while memory.tell() < num_bytes:
+            memory.write(zeros[: num_bytes - memory.tell()])
 
 
 def drop_from_cache(folder: Path) -> None:

@@ -228,6 +228,7 @@ _VARIANTS: dict[str, tuple[str, Keys]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "llama-longrope": ("llama", {"rope_parameters": _LONGROPE}),
+    "llama-longrope-attention-factor": ("llama", {"rope_parameters": _LONGROPE | {"attention_factor": 1.7}}),
     "llama-yarn-attention-factor": ("llama", {"rope_parameters": _YARN | {"attention_factor": 1.7}}),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
 }

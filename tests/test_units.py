@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moesys.units import format_bytes, format_count, format_duration
+from moesys.errors import ConfigError
+from moesys.units import format_bytes, format_count, format_duration, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,19 @@ def test_format_count(count: float, text: str) -> None:
 )
 def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("8GiB", 8 * 1024**3), (" 1.5 KiB", 1536), ("7B", 7), ("2 TiB", 2 * 1024**4), ("0.5MiB", 512 * 1024)],
+)
+def test_parse_bytes(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text, "--size") == num_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["8GB", "8", "8gib", "-1GiB", "0GiB", "0.1B", "1e9B", "1.GiB", "", "GiB", "٣GiB x"]
+)
+def test_parse_bytes_refuses_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--size .* must be a size above 0 with a unit of B, KiB"):
+        parse_bytes(text, "--size")

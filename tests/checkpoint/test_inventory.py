@@ -164,6 +164,9 @@ def test_a_refused_family_says_why(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"num_attention_heads": 3}, "num_heads"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers"),
+        ({"vocab_size": -1}, "negative"),
+        ({"hidden_size": None}, "describes no model"),
     ],
 )
 def test_a_config_that_is_not_understood_is_told(

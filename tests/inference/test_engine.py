@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -9,18 +10,28 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from tiny_decoders import MAX_POSITIONS, VOCAB, assert_same, compute_full_logits, make_decoder
+from tiny_decoders import (
+    MAX_POSITIONS,
+    VOCAB,
+    assert_same,
+    compute_full_logits,
+    make_decoder,
+    make_mixed_decoder,
+)
 
 from moesys.errors import GenerationError
 from moesys.inference import Engine, SequenceStep
 from moesys.models import Decoder
 
-WINDOWS = [None, 1, 4, 40]
+MODELS: dict[str, Callable[[], Decoder]] = {
+    **{f"window-{size}": lambda size=size: make_decoder(sliding_window=size) for size in (None, 1, 4, 40)},
+    "mixed": make_mixed_decoder,
+}
 
 
-@pytest.fixture(scope="module", params=WINDOWS)
+@pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> Decoder:
-    return make_decoder(sliding_window=request.param)
+    return MODELS[request.param]()
 
 
 def make_tokens(length: int, seed: int = 0) -> list[int]:
@@ -142,6 +153,13 @@ def test_a_sequence_must_fit_the_model(capacity: int) -> None:
         Engine(make_decoder()).open_sequence(capacity)
 
 
+def test_caches_have_the_shapes_of_their_mixers() -> None:
+    engine = Engine(make_mixed_decoder())
+    cache = engine._caches[engine.open_sequence(7)]
+    assert [tuple(keys.shape) for keys in cache.keys] == [(2, 7, 6), (4, 7, 6), (2, 7, 6)]
+    assert [tuple(values.shape) for values in cache.values] == [(2, 7, 6), (4, 7, 3), (2, 7, 6)]
+
+
 def test_closing_frees_once() -> None:
     engine = Engine(make_decoder())
     sequence = engine.open_sequence(4)
@@ -155,7 +173,7 @@ def test_closing_frees_once() -> None:
     assert engine.open_sequence(4) != sequence
 
 
-MACHINE_MODEL = make_decoder(sliding_window=6)
+MACHINE_MODEL = make_mixed_decoder()
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import tokenizers
@@ -18,6 +19,8 @@ from moesys.models import (
     DecoderConfig,
     DenseConfig,
     DocumentAttend,
+    LatentAttentionConfig,
+    MixerConfig,
     QKNorm,
     RopeConfig,
     initialize_weights,
@@ -28,6 +31,16 @@ VOCAB = 31
 MAX_POSITIONS = 24
 
 
+LATENT = LatentAttentionConfig(
+    num_heads=4,
+    query_rank=None,
+    latent_rank=5,
+    nope_head_dim=4,
+    value_head_dim=3,
+    rope=RopeConfig(2, is_interleaved=True),
+)
+
+
 def make_decoder(*, vocab_size: int = VOCAB, max_positions: int = MAX_POSITIONS, **attention: Any) -> Decoder:
     sizes: dict[str, Any] = {
         "num_heads": 4,
@@ -36,14 +49,28 @@ def make_decoder(*, vocab_size: int = VOCAB, max_positions: int = MAX_POSITIONS,
         "rope": RopeConfig(6),
         "qk_norm": QKNorm.PER_HEAD,
     } | attention
+    return make_decoder_of((AttentionConfig(**sizes),) * 3, vocab_size, max_positions)
+
+
+def make_decoder_of(
+    mixers: tuple[MixerConfig, MixerConfig, MixerConfig],
+    vocab_size: int = VOCAB,
+    max_positions: int = MAX_POSITIONS,
+) -> Decoder:
     layers = (MoEConfig(4, 2, 8), DenseConfig(12), MoEConfig(3, 1, 8, weighting=Normalization.NONE))
-    model = Decoder(
-        DecoderConfig(
-            vocab_size, 16, (AttentionConfig(**sizes),) * len(layers), layers, max_positions=max_positions
-        )
-    )
+    model = Decoder(DecoderConfig(vocab_size, 16, mixers, layers, max_positions=max_positions))
     initialize_weights(model, 0, std=0.4)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks_H"):
+            parameter.data.normal_(generator=generator)
     return model.eval()
+
+
+def make_mixed_decoder() -> Decoder:
+    """Sinks with a window, a latent, and sinks without a window: caches of different shapes and views."""
+    sinks = AttentionConfig(4, 2, 6, RopeConfig(4), has_sinks=True, sliding_window=4)
+    return make_decoder_of((sinks, LATENT, replace(sinks, sliding_window=None)))
 
 
 @torch.no_grad()

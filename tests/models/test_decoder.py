@@ -64,9 +64,7 @@ def test_equals_the_formula_written_out() -> None:
         scores = (q @ k.T / 6**0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
         heads.append(scores.softmax(-1) @ qkv[6 + head // 2])
     x = x + torch.cat(heads, -1) @ a.o_proj.weight.T + a.o_proj.bias
-    gate, up = (rms(x, block.post_mixer_norm.weight) @ block.feed_forward.gate_up_proj.weight.T).chunk(
-        2, -1
-    )
+    gate, up = (rms(x, block.post_mixer_norm.weight) @ block.feed_forward.gate_up_proj.weight.T).chunk(2, -1)
     x = x + (silu(gate) * up) @ block.feed_forward.down_proj.weight.T
     # The rotation is float32 in the model, so its float64 result agrees to that.
     torch.testing.assert_close(run(model, tokens)[0], rms(x, model.final_norm.weight), rtol=1e-5, atol=1e-6)

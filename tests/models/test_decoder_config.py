@@ -96,7 +96,9 @@ def test_latent_attention_is_counted_by_its_modules(query_rank: int | None) -> N
     model = make_model(config)
     roles = classify_parameters(model)
     weights = sum(
-        p.numel() for name, p in model.named_parameters() if ".mixer." in name and roles[name] is Role.PROJECTION
+        p.numel()
+        for name, p in model.named_parameters()
+        if ".mixer." in name and roles[name] is Role.PROJECTION
     )
     assert 2 * mixer.count_weights(12) == weights
     per_key = 2 * 4 * ((6 + 2) + 3)

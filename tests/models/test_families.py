@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from small_models import DENSE, MOE, make_config
 from torch import Tensor
 
+from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from moesys.errors import ModelFormatError
 from moesys.kernels import Activation, ExpertForm
 from moesys.models import (
@@ -58,6 +58,7 @@ def make_layout_cases() -> Iterator[Any]:
         for number, layout in enumerate(family.layout.moe or (None,)):
             chosen = family.layout if layout is None else replace(family.layout, moe=(layout,))
             yield pytest.param(name, replace(family, layout=chosen), id=f"{name}-{number}")
+
 
 LAYOUTS = list(make_layout_cases())
 
@@ -120,14 +121,20 @@ def test_the_names_in_a_checkpoint_choose_its_layout(name: str, family: Family) 
 def test_a_tensor_of_another_shape_is_refused() -> None:
     family, config = read("qwen3_moe")
     entry = family.list_tensors(Decoder(config))[0]
-    with pytest.raises(ModelFormatError, match=r"model.embed_tokens.weight has shape \(32, 64\), .* \(64, 32\)"):
+    with pytest.raises(
+        ModelFormatError, match=r"model.embed_tokens.weight has shape \(32, 64\), .* \(64, 32\)"
+    ):
         entry.fill(torch.zeros(32, 64))
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
 def test_layers_for_further_tokens_and_frequencies_are_ignored(model_type: str) -> None:
     layout = BY_TYPE[model_type].layout
-    for name in ("model.layers.2.eh_proj.weight", "model.layers.61.mlp.gate.weight", "model.rotary_emb.inv_freq"):
+    for name in (
+        "model.layers.2.eh_proj.weight",
+        "model.layers.61.mlp.gate.weight",
+        "model.rotary_emb.inv_freq",
+    ):
         assert layout.ignores(name, 2)
     for name in ("model.layers.1.eh_proj.weight", "lm_head.bias", "model.norm.weight"):
         assert not layout.ignores(name, 2)
@@ -151,7 +158,11 @@ def test_layers_for_further_tokens_and_frequencies_are_ignored(model_type: str) 
             {"rope_parameters": ...},
             {"rope": RopeConfig(8, 150000.0, YarnScaling(32.0, 4096, truncates=False))},
         ),
-        ("gpt_oss", {"attention_bias": ..., "sliding_window": ...}, {"qkv_bias": True, "sliding_window": 128}),
+        (
+            "gpt_oss",
+            {"attention_bias": ..., "sliding_window": ...},
+            {"qkv_bias": True, "sliding_window": 128},
+        ),
         ("granitemoe", {"attention_multiplier": ...}, {"softmax_scale": 1.0}),
     ],
 )
@@ -212,7 +223,11 @@ def test_which_layers_have_a_window(name: str, keys: dict[str, Any], windows: li
             "rope_type 'dynamic' is not supported; its angles change with the length, also those in a cache; "
             "default, linear, llama3, yarn, longrope are",
         ),
-        ("llama", {"rope_scaling": {"type": "spiral"}}, "rope_type 'spiral' is not supported; default, linear"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "spiral"}},
+            "rope_type 'spiral' is not supported; default, linear",
+        ),
         ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_type 'yarn' needs the key 'factor'"),
         (
             "llama",
@@ -221,15 +236,30 @@ def test_which_layers_have_a_window(name: str, keys: dict[str, Any], windows: li
         ),
         ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, r"\['linear_attention'\] are not"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
-        ("deepseek_v3", {"num_key_value_heads": 2}, r"num_key_value_heads \(2\) must be num_attention_heads \(4\)"),
+        (
+            "deepseek_v3",
+            {"num_key_value_heads": 2},
+            r"num_key_value_heads \(2\) must be num_attention_heads \(4\)",
+        ),
         ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is not supported"),
         ("phimoe", {"num_experts_per_tok": 3}, r"num_experts_per_tok \(3\) must be 2"),
-        ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; only 'sigmoid' is"),
+        (
+            "minimax_m2",
+            {"scoring_func": "softmax"},
+            "scoring_func 'softmax' is not supported; only 'sigmoid' is",
+        ),
     ],
 )
 def test_values_that_are_not_supported_are_named(name: str, keys: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         read(name, **keys)
+
+
+@pytest.mark.parametrize("changes", [{"attn_type_list": [1, 0]}, {"shared_intermediate_size": 64}])
+def test_a_minimax_with_other_layers_is_refused(changes: dict[str, Any]) -> None:
+    assert read("minimax_m2", attn_type_list=[1, 1]) == read("minimax_m2")
+    with pytest.raises(ModelFormatError, match=next(iter(changes))):
+        read("minimax_m2", **changes)
 
 
 def test_kimi_k2_is_a_deepseek_v3() -> None:
@@ -329,7 +359,9 @@ def test_no_family_silently_drops_an_option_of_the_decoder(changes: dict[str, An
         ("llama", {"sliding_window": 5}, "sliding_window would be None, the model's is 5"),
     ],
 )
-def test_no_family_silently_drops_an_option_of_a_mixer(name: str, changes: dict[str, Any], shown: str) -> None:
+def test_no_family_silently_drops_an_option_of_a_mixer(
+    name: str, changes: dict[str, Any], shown: str
+) -> None:
     family, config = read(name)
     mixers = tuple(replace(mixer, **changes) for mixer in config.mixers)
     assert family.find_misfits(replace(config, mixers=mixers)) == [shown]
@@ -343,7 +375,9 @@ def test_a_difference_in_one_layer_is_named_once_and_kinds_by_their_name() -> No
     dense = replace(config, feed_forwards=(*config.feed_forwards[:2], DENSE))
     assert family.find_misfits(dense) == ["feed_forward would be a MoE layer, the model's is a dense layer"]
     latent = replace(config, mixers=(first, LATENT, LATENT))
-    assert family.find_misfits(latent) == ["mixer would be grouped-query attention, the model's is latent attention"]
+    assert family.find_misfits(latent) == [
+        "mixer would be grouped-query attention, the model's is latent attention"
+    ]
     assert family.find_misfits(replace(config, mixers=(LATENT,) * 3)) == [
         "its layers have grouped-query attention, the model's have latent attention"
     ]

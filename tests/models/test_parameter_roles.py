@@ -50,7 +50,14 @@ def test_the_smaller_parameters_have_roles_of_their_own() -> None:
             assert role is Role.NORM, name
         else:
             assert role not in (Role.BIAS, Role.NORM), name
-    for ending in ("sinks_H", "final_norm.bias", "router.bias_E", "head.bias", "down_bias_ED", "down_proj.bias"):
+    for ending in (
+        "sinks_H",
+        "final_norm.bias",
+        "router.bias_E",
+        "head.bias",
+        "down_bias_ED",
+        "down_proj.bias",
+    ):
         assert any(name.endswith(ending) for name in roles), ending
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moesys.errors import RoutingError
 from moesys.moe import (
+    BiasBalancer,
     Choice,
     GroupLimitedTopK,
-    BiasBalancer,
     MoEConfig,
     MoELayer,
     Normalization,
@@ -291,7 +291,7 @@ def test_a_sparse_mixer_equals_its_formula(selection: Selection, epsilon: float)
 
 
 def test_a_sparse_mixer_drops_what_is_far_and_keeps_what_is_near() -> None:
-    """Logits of both signs by hand: 2, 1.9, -3 and -3.1 for the best, then without it."""
+    """Logits by hand: 2, 1.9, -3, -3.1, and then -12, -11.9, -7, -6.9, where the best is negative too."""
     router = Router(1, 4, TopK(2), weighting=SparseMixer(0.05)).double()
     with torch.no_grad():
         router.weight_ED.copy_(torch.tensor([[2.0], [1.9], [-3.0], [-3.1]]))
@@ -299,7 +299,6 @@ def test_a_sparse_mixer_drops_what_is_far_and_keeps_what_is_near() -> None:
     assert weights == pytest.approx([1 / (1 + math.exp(-0.1)), 1.0])
     with torch.no_grad():
         router.weight_ED.neg_().sub_(10.0)
-    # The best is -6.9: both sides of the quotient's sign; -7 lies (0.1 / 7) away, -11.9 more than 0.1.
     weights = router(torch.ones(1, 1, dtype=torch.float64)).weights.tolist()
     assert weights == pytest.approx([1 / (1 + math.exp(-0.1)), 1.0])
 
@@ -312,7 +311,9 @@ def test_gradcheck_through_a_sparse_mixer() -> None:
 
 
 def test_a_sparse_mixer_refuses_different_numbers_of_experts() -> None:
-    with pytest.raises(RoutingError, match="a SparseMixer weighs a fixed number of experts per token; use TopK"):
+    with pytest.raises(
+        RoutingError, match="a SparseMixer weighs a fixed number of experts per token; use TopK"
+    ):
         make_router(Threshold(4, 0.1), normalization=SparseMixer(0.1))(make_x())
 
 
@@ -326,7 +327,9 @@ def test_the_bias_of_the_logits_enters_choice_and_weights(normalization: Normali
     routing = router(x)
     assert (routing.expert_ids.view(-1, 2)[:, 0] == 4).all()
     torch.testing.assert_close(routing.logits_TE[:, 4], before.logits_TE[:, 4] + 20.0)
-    torch.testing.assert_close(routing.weights, weigh_slowly(router, x, routing.choice), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        routing.weights, weigh_slowly(router, x, routing.choice), rtol=1e-10, atol=1e-12
+    )
     assert {"weight_ED", "bias_E"} == set(router.state_dict()) == dict(router.named_parameters()).keys()
 
 

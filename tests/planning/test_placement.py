@@ -26,7 +26,7 @@ def test_all_of_it_fits() -> None:
 
 
 def test_experts_that_do_not_fit_lie_on_the_disk() -> None:
-    room = GIB + 350 * MIB
+    room = GIB + 399 * MIB
     size = int(room * (1 + RESERVE_SHARE)) + RESERVE_BYTES + 100 * MIB + 1
     placement = place(make_footprint(), [Budget("RAM", size)], context_tokens=100)
     assert not placement.is_resident
@@ -62,8 +62,9 @@ def test_the_next_tier_takes_what_the_first_cannot() -> None:
 
 def test_slots_are_of_one_size_unless_all_fit() -> None:
     footprint = Footprint(0, (10, 10, 100), 0)
-    assert place(footprint, [Budget("RAM", 119, is_share=True)], 1).tiers[0].num_experts == 1
-    assert place(footprint, [Budget("RAM", 120, is_share=True)], 1).tiers[0].num_experts == 3
+    some, every = (place(footprint, [Budget("RAM", size, is_share=True)], 1).tiers[0] for size in (119, 120))
+    assert (some.num_experts, some.expert_bytes) == (1, 100)
+    assert (every.num_experts, every.expert_bytes) == (3, 120)
 
 
 def test_a_tier_that_holds_nothing_needs_no_reserve() -> None:

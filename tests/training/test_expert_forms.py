@@ -62,7 +62,10 @@ def test_forms_are_different_functions(corpus: Path, tmp_path: Path) -> None:
     [
         (FORMS["gelu"], ["form.activation (model.expert_activation) would be swiglu, the model's is gelu"]),
         (FORMS["swiglu-bias"], ["expert_bias (model.expert_bias) would be False, the model's is True"]),
-        (FORMS["clamped"], ["clamped_swiglu", "form.limit (model.expert_limit) would be 7.0, the model's is 0.5"]),
+        (
+            FORMS["clamped"],
+            ["clamped_swiglu", "form.limit (model.expert_limit) would be 7.0, the model's is 0.5"],
+        ),
         (("model.capacity_factor=0.75",), ["capacity (model.capacity_factor) would be None", "0.75"]),
     ],
     ids=["gelu", "bias", "clamped", "capacity"],

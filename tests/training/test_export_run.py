@@ -193,7 +193,7 @@ def test_a_model_that_no_layout_holds_is_refused_with_the_reasons(corpus: Path, 
     trainer = start(corpus, tmp_path / "run", "model.shared_expert_intermediate_size=8")
     trainer.take_step()
     trainer.save()
-    with pytest.raises(ModelFormatError, match=r"qwen3_moe: shared_intermediate_size \(model.shared_expert_intermediate_size\)"):
+    with pytest.raises(ModelFormatError, match=r"qwen3_moe: .*\(model.shared_expert_intermediate_size\)"):
         export(trainer, tmp_path / "model")
     assert not any(path.name.startswith("model") for path in tmp_path.iterdir())
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import GENERATION, TEMPLATE, TOKEN_IDS, make_model_folder
+from tiny_models import GENERATION, TEMPLATE, TOKEN_IDS, make_family_folder, make_model_folder
 
 from moesys.checkpoint import load_model, load_text_model
 from moesys.config import load_config
 from moesys.errors import ConfigError, DataError, IneffectiveOptionError, ModelFormatError
-from moesys.models import Decoder, DocumentAttend
+from moesys.models import FAMILIES, Decoder, DocumentAttend, Family
 from moesys.training import PlainConsole, RunDirectory, Trainer, evaluate_text, export_run
 
 STEPS = 6
@@ -148,6 +148,40 @@ def test_the_family_stays(corpus: Path, tmp_path: Path) -> None:
         IneffectiveOptionError, match=r"training.balance_loss has no effect: .* has no experts"
     ):
         start(folder, corpus, tmp_path / "other", "training.balance_loss=0.1")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_every_family_goes_in_trains_resumes_and_comes_out(
+    family: Family, corpus: Path, tmp_path: Path
+) -> None:
+    folder = make_family_folder(tmp_path / "model", family)
+    trainer = start(folder, corpus, tmp_path / "run", "training.steps=3", "training.checkpoint_every=2")
+    trainer.train()
+    shutil.rmtree(folder)
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
+    resumed = resume(tmp_path / "run")
+    assert resumed.step == 2
+    resumed.train()
+    assert_same_weights(resumed, trainer)
+    target = export(tmp_path / "run", tmp_path / "out")
+    keys = json.loads((target / "config.json").read_text())
+    assert keys["model_type"] == family.model_type
+    assert keys.items() >= family.write_config(trainer.model.config).items()
+    exported = load_model(target)
+    assert torch.equal(compute_logits(exported), compute_logits(trainer.model.eval()))
+
+
+def test_the_bias_of_a_router_moves_where_there_is_one(corpus: Path, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.model_type == "deepseek_v3")
+    folder = make_family_folder(tmp_path / "model", family)
+    trainer = start(folder, corpus, tmp_path / "run", "model.balance_bias_rate=0.25")
+    before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    trainer.train()
+    moved = [name for name, buffer in trainer.model.named_buffers() if not torch.equal(buffer, before[name])]
+    assert moved
+    assert_same_weights(resume(tmp_path / "run"), trainer)
+    loaded = load_model(export(tmp_path / "run", tmp_path / "out"))
+    assert all(torch.equal(loaded.get_buffer(name), trainer.model.get_buffer(name)) for name in moved)
 
 
 def test_chats_are_learned_with_the_folders_template(folder: Path, chats: Path, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ from moesys.moe import Router
 
 DEFAULT_SHARD_BYTES = 2 * 2**30
 
+_MAX_LAYERS = 10_000
 _EMBEDDING_NAME = "model.embed_tokens.weight"
 _HEAD_NAME = "lm_head.weight"
 
@@ -80,10 +81,10 @@ def load_model(
     family = find_family(keys)
     fp8 = read_fp8_blocks(keys)
     with open_model_files(folder) as tensors:
-        _check_num_layers(keys, tensors)
+        check_num_layers(keys, tensors)
         config = read_decoder_config(folder / "config.json", family, keys)
         config, tensors = _resolve_head(config, tensors)
-        model = _build_on_meta(folder, family, config, tensors)
+        model = build_on_meta(folder, family, config, tensors)
         find_sources(folder, family, model, tensors, fp8)
         _materialise(model, dtype or read_dtype(keys))
         sources = find_sources(folder, family, model, tensors, fp8)
@@ -171,6 +172,9 @@ def find_family(keys: Mapping[str, Any]) -> Family:
 def read_decoder_config(path: Path, family: Family, keys: Mapping[str, Any]) -> DecoderConfig:
     """Returns the model that the keys of ``config.json`` describe; raises `ModelFormatError` with the file's name."""
     keys = {name: value for name, value in keys.items() if name != QUANTIZATION_KEY}
+    num_layers = keys.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:
+        raise ModelFormatError(f"{path} asks for {num_layers} layers; no model has more than {_MAX_LAYERS}")
     try:
         return family.read_config(keys)
     except MoesysError:
@@ -181,7 +185,7 @@ def read_decoder_config(path: Path, family: Family, keys: Mapping[str, Any]) -> 
         raise ModelFormatError(f"{path} holds a value that no {family.model_type} has: {error}") from None
 
 
-def _check_num_layers(keys: Mapping[str, Any], tensors: Collection[str]) -> None:
+def check_num_layers(keys: Mapping[str, Any], tensors: Collection[str]) -> None:
     """Refuses more layers than there can be, before anything is built for each of them."""
     num_layers = keys.get("num_hidden_layers")
     if isinstance(num_layers, int) and num_layers > len(tensors):
@@ -211,11 +215,11 @@ def _resolve_head(
     return replace(config, tie_embeddings=False), tensors
 
 
-def _build_on_meta(
+def build_on_meta(
     folder: Path, family: Family, config: DecoderConfig, tensors: Mapping[str, FileTensor]
 ) -> Decoder:
     """Builds the model without memory; refuses one that has more weights than the files could hold."""
-    with _refusing_odd_sizes(folder):
+    with refusing_odd_sizes(folder):
         model = make_skeleton(config)
         num_parameters = model.count_parameters()
     num_bytes = sum(tensor.span.num_bytes for tensor in tensors.values())
@@ -224,13 +228,13 @@ def _build_on_meta(
             f"config.json asks for {num_parameters} weights, the files in {folder} hold {num_bytes} bytes; "
             "they do not belong together"
         )
-    with _refusing_odd_sizes(folder):
+    with refusing_odd_sizes(folder):
         family.list_tensors(model, tensors.keys())
     return model
 
 
 @contextmanager
-def _refusing_odd_sizes(folder: Path) -> Iterator[None]:
+def refusing_odd_sizes(folder: Path) -> Iterator[None]:
     """Turns what torch raises for sizes that no tensor has, such as negative ones, into `ModelFormatError`."""
     try:
         yield

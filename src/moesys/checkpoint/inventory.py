@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesys.checkpoint.hf import find_family, find_sources, read_config_file, read_decoder_config, read_dtype
+from moesys.checkpoint.hf import (
+    check_num_layers,
+    find_family,
+    find_sources,
+    read_config_file,
+    read_decoder_config,
+    read_dtype,
+    refusing_odd_sizes,
+)
 from moesys.checkpoint.model_files import FileTensor, open_model_files
 from moesys.checkpoint.parts import Part, Place, PlaceFinder, iterate_places
 from moesys.checkpoint.quantization import Fp8Blocks, read_fp8_blocks
@@ -139,13 +147,15 @@ def _read_model(
     try:
         family = find_family(keys)
         fp8 = read_fp8_blocks(keys)
+        check_num_layers(keys, tensors)
         config = read_decoder_config(folder / "config.json", family, keys)
         loaded_dtype = dtype or read_dtype(keys)
-        model = make_skeleton(config)
+        with refusing_odd_sizes(folder):
+            model = make_skeleton(config)
+            used = _follow_tied_head(config, tensors)
+            sources, obstacle = _match(folder, family, model, used, fp8)
     except MoesysError as error:
         return None, str(error)
-    used = _follow_tied_head(config, tensors)
-    sources, obstacle = _match(folder, family, model, used, fp8)
     return _measure(family, model, loaded_dtype, tensors, sources), obstacle
 
 

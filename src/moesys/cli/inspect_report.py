@@ -9,27 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moesys.checkpoint import Inventory, ModelInventory, PartSize, WeightCheck
+from moesys.cli.inspect_sizing import Sizing
 from moesys.models import AttentionConfig, DecoderConfig, MixerConfig
-from moesys.planning import Footprint, Placement, TierPlacement
+from moesys.planning import Placement, TierPlacement
 from moesys.units import format_bytes, format_count
 
-_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 _MAX_LISTED = 20
 _WIDTH = 80
-
-
-@dataclass(frozen=True)
-class Sizing:
-    """A model that moesys knows, what it needs in memory, and what of that fits where."""
-
-    model: ModelInventory
-    footprint: Footprint
-    placement: Placement
-
-    @property
-    def dtype(self) -> str:
-        name = str(self.model.loaded_dtype).removeprefix("torch.")
-        return _DTYPE_NAMES.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -181,15 +167,13 @@ def _render_placement(sizing: Sizing) -> Iterator[str]:
 
 
 def _describe_verdict(placement: Placement, num_experts: int) -> str:
-    where = " and ".join(
-        f"{format_bytes(tier.budget.size_bytes)} of {tier.budget.tier}" for tier in placement.tiers
-    )
+    budgets = [f"{format_bytes(tier.budget.size_bytes)} of {tier.budget.tier}" for tier in placement.tiers]
     if placement.missing_bytes:
-        return f"does not fit in {where}: {format_bytes(placement.missing_bytes)} are missing"
+        return f"does not fit in {budgets[0]}: {format_bytes(placement.missing_bytes)} are missing"
     if placement.is_resident:
-        return f"fits in {where}"
+        return f"fits in {budgets[0]}"
     kept = num_experts - placement.num_experts_on_disk
-    return f"{kept} of {num_experts} experts fit in {where}"
+    return f"{kept} of {num_experts} experts fit in {' and '.join(budgets)}"
 
 
 def _render_tier(tier: TierPlacement, sizing: Sizing) -> Iterator[str]:

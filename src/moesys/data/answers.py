@@ -68,7 +68,7 @@ class AnswerTokenizer:
             documents=self._guard.mark(conversation.documents),
         )
         whole = self._render(marked, is_prompt=False)
-        tokens = self._guard.encode(whole.text)
+        tokens = self._guard.encode_with_places(whole.text)
         if _GENERATION_BLOCK.search(self._choose_template(marked).text):
             is_target = self._find_blocks(marked, whole, tokens)
         else:
@@ -123,8 +123,7 @@ class AnswerTokenizer:
         return end
 
     def _encode_part(self, conversation: Conversation, *, is_prompt: bool) -> list[int]:
-        text = self._render(conversation, is_prompt=is_prompt).text
-        return [token.token_id for token in self._guard.encode(text)]
+        return self._guard.encode(self._render(conversation, is_prompt=is_prompt).text)
 
     def _render(self, conversation: Conversation, *, is_prompt: bool) -> Rendered:
         template = self._choose_template(conversation)

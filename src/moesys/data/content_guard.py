@@ -32,13 +32,24 @@ class ContentGuard:
             return type(value)(self.mark(item) for item in value)
         return value
 
-    def encode(self, text: str) -> list[TokenPlace]:
-        """Returns the tokens of rendered text without its marks; places count in the text that was given."""
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of rendered text without its marks."""
+        pieces = text.split(self._mark)
+        return [
+            token_id for piece in pieces for token_id in self._tokenizer.encode_with_special_tokens(piece)
+        ]
+
+    def encode_with_places(self, text: str) -> list[TokenPlace]:
+        """Returns the same tokens with their places in the text that was given, marks included."""
         tokens: list[TokenPlace] = []
         offset = 0
         for piece in text.split(self._mark):
             places = self._tokenizer.encode_with_places(piece)
-            tokens.extend(TokenPlace(p.token_id, p.start + offset, p.end + offset) for p in places)
+            tokens += (
+                [TokenPlace(p.token_id, p.start + offset, p.end + offset) for p in places]
+                if offset
+                else places
+            )
             offset += len(piece) + len(self._mark)
         return tokens
 

@@ -21,7 +21,8 @@ class ConversationPacker:
     """Packs conversations with a tokenizer and the chat templates among its files."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> None:
-        templates = ChatTemplates.parse(tokenizer.render_files(), "the tokenizer")
+        place = config.chat_template or config.tokenizer or "the model's tokenizer"
+        templates = ChatTemplates.parse(tokenizer.render_files(), place)
         today = config.chat_date or date.today().isoformat()
         self._config = config
         self._tokenizer = tokenizer

@@ -7,9 +7,12 @@ after one that broke it.
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from typing import Any
 
 from moesys.errors import ModelFormatError
 
+_READ_BYTES = 1 << 20
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
@@ -28,7 +32,7 @@ class TemplateLimits:
     cpu_s: int = 2
     """Processor time, up to one second more; where the system has such a limit."""
     wall_s: int = 30
-    """Time by the clock, on any system."""
+    """Time by the clock."""
     memory_bytes: int = 512 * 2**20
     """Address space of the process; where the system has such a limit."""
     max_chars: int = 8 * 2**20
@@ -70,23 +74,34 @@ class TemplateSandbox:
     def _ask(self, request: bytes) -> dict[str, Any]:
         process = self._process
         assert process.stdin is not None
-        assert process.stdout is not None
-        patience = threading.Timer(self._limits.wall_s, process.kill)
-        patience.start()
         try:
             process.stdin.write(request)
             process.stdin.flush()
-            answer = process.stdout.readline()
+            answer = self._read_line(process)
         except BrokenPipeError:
             answer = b""
-        finally:
-            patience.cancel()
         if answer.endswith(b"\n"):
             return json.loads(answer)
         self._stop()
         self._process = self._start()
         return {"error": f"it was stopped: it took more than {self._limits.cpu_s} seconds, recursed too deeply or "
                          "broke its process"}  # fmt: skip
+
+    def _read_line(self, process: subprocess.Popen[bytes]) -> bytes:
+        """Returns what came until the line was complete, the process ended or patience did."""
+        assert process.stdout is not None
+        source = process.stdout.fileno()
+        readable = select.poll()
+        readable.register(source, select.POLLIN)
+        deadline = time.monotonic() + self._limits.wall_s
+        pieces = [b""]
+        while not pieces[-1].endswith(b"\n"):
+            if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                break
+            pieces.append(os.read(source, _READ_BYTES))
+            if not pieces[-1]:
+                break
+        return b"".join(pieces)
 
     def _start(self) -> subprocess.Popen[bytes]:
         limits = {name: getattr(self._limits, name) for name in ("cpu_s", "memory_bytes", "max_chars")}

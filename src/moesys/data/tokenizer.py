@@ -131,19 +131,22 @@ class Tokenizer:
     def encode_with_special_tokens(self, text: str) -> list[int]:
         """Returns the token ids of trusted text, such as a rendered chat template, in which the names of special
         tokens stand for those tokens."""
-        return [place.token_id for place in self.encode_with_places(text)]
+        return self._encode_trusted(text).ids
 
     def encode_with_places(self, text: str) -> list[TokenPlace]:
         """Returns the tokens of `encode_with_special_tokens`, each with the part of the text that it stands for."""
-        self._inner.encode_special_tokens = False
-        try:
-            encoding = self._inner.encode(text, add_special_tokens=False)
-        finally:
-            self._inner.encode_special_tokens = True
+        encoding = self._encode_trusted(text)
         return [
             TokenPlace(token_id, start, end)
             for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
+
+    def _encode_trusted(self, text: str) -> tokenizers.Encoding:
+        self._inner.encode_special_tokens = False
+        try:
+            return self._inner.encode(text, add_special_tokens=False)
+        finally:
+            self._inner.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text, using all cores."""

@@ -31,7 +31,7 @@ class ChatSession:
         self._format = chat_format
         self._stop = Stop(chat_format.stop_strings, stop_ids)
         self._sampling = sampling
-        half_context = engine.model.config.max_positions // 2
+        half_context = engine.model.config.position_limit // 2
         self._max_new_tokens = max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, half_context))
         self._messages = [] if system is None else [Message("system", system)]
         self._last: Generation | None = None
@@ -66,7 +66,7 @@ class ChatSession:
         return f"{self._last.stats.describe()}{left_out}"
 
     def _fit_prompt(self, turns: list[Message]) -> list[int]:
-        limit = self._engine.model.config.max_positions - self._max_new_tokens
+        limit = self._engine.model.config.position_limit - self._max_new_tokens
         num_system = 1 if turns[0].role == "system" else 0
         prompt_ids: list[int] = []
         for first in range(num_system, len(turns), 2):
@@ -76,5 +76,5 @@ class ChatSession:
                 return prompt_ids
         raise GenerationError(
             f"the message needs {len(prompt_ids)} tokens and {self._max_new_tokens} are reserved for the answer, but "
-            f"the model was made for {self._engine.model.config.max_positions}; write less or lower --max-new-tokens"
+            f"the model was made for {self._engine.model.config.position_limit}; write less or lower --max-new-tokens"
         )

@@ -54,4 +54,4 @@ class ChatFormat:
             return [tokenizer.end_of_text_id, *tokenizer.encode(self.render(messages))]
         guard = ContentGuard(tokenizer)
         guarded = [m._replace(content=guard.mark(m.content)) for m in messages]
-        return [place.token_id for place in guard.encode(self.render(guarded))]
+        return guard.encode(self.render(guarded))

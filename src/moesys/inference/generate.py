@@ -146,7 +146,7 @@ def generate(
     """
     prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, engine.model.config.max_positions - len(prompt_ids)))
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, engine.model.config.position_limit - len(prompt_ids)))
     return Generation(
         engine, tokenizer, prompt_ids, max_new_tokens, sampling or SamplingParams(), stop or Stop()
     )

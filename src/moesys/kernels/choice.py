@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
@@ -48,16 +48,17 @@ FindObstacle = Callable[[], Obstacle | None]
 _ambient: ContextVar[Kernel] = ContextVar("moesys_kernel", default=Kernel.AUTO)
 
 
-@contextmanager
-def use_kernel(kernel: Kernel) -> Iterator[None]:
+def use_kernel(kernel: Kernel) -> AbstractContextManager[None]:
     """Makes ``kernel`` the wish of every operator called inside that is not given one; ``auto`` changes nothing.
 
     Holds for this thread or task, for products of a backward pass that runs inside, and for those of a forward pass
     that ran inside. Comes before ``MOESYS_KERNEL``.
     """
-    if kernel is Kernel.AUTO:
-        yield
-        return
+    return nullcontext() if kernel is Kernel.AUTO else _set_ambient(kernel)
+
+
+@contextmanager
+def _set_ambient(kernel: Kernel) -> Iterator[None]:
     token = _ambient.set(kernel)
     try:
         yield

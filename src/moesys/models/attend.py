@@ -105,20 +105,23 @@ def compute_attention(
     """
     if rule.sinks_H is not None:
         return _attend_with_sinks(q, k, v, rule, rule.sinks_H, mask, is_causal=is_causal)
-    missing = q.shape[3] - v.shape[3]
-    if missing:
-        # The fast implementations want values as wide as keys.
-        v = torch.nn.functional.pad(v, (0, missing))
+    # The fast implementations want values as wide as keys.
+    width = max(q.shape[3], v.shape[3])
     y = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        _widen(q, width).transpose(1, 2),
+        _widen(k, width).transpose(1, 2),
+        _widen(v, width).transpose(1, 2),
         attn_mask=mask,
         is_causal=is_causal,
         scale=rule.scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return (y[..., :-missing] if missing else y).transpose(1, 2)
+    return y[..., : v.shape[3]].transpose(1, 2)
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    missing = width - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _attend_with_sinks(

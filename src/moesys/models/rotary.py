@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moesys.errors import ShapeError
 from moesys.kernels import rotate_pairs
 from moesys.models.rope import RopeConfig, compute_frequencies
 
@@ -19,7 +20,17 @@ class Rotation(NamedTuple):
 
 
 def compute_rotation(positions_BS: Tensor, rope: RopeConfig) -> Rotation:
-    """Computes position * frequency in float32, once per forward pass for all layers of the same rope."""
+    """Computes position * frequency in float32, once per forward pass for all layers of the same rope.
+
+    Raises `ShapeError` for a position at which the rope's angles are not defined; only a rope that ends somewhere looks
+    at the positions, which waits for the device.
+    """
+    limit = rope.max_positions
+    if limit is not None and positions_BS.numel() and (last := int(positions_BS.max())) >= limit:
+        raise ShapeError(
+            f"position {last} lies beyond the original context ({limit} tokens) that a longrope is run within; "
+            "shorten the sequence"
+        )
     frequencies, factor = compute_frequencies(rope, positions_BS.device)
     angles = positions_BS[..., None].float() * frequencies
     return Rotation((angles.cos() * factor).unsqueeze(2), (angles.sin() * factor).unsqueeze(2))

@@ -207,4 +207,4 @@ class MoELayer(nn.Module):
         require_each_expert_once(self.layer_id, part.rows.offsets, tables)
         if y_AD is None:
             y_AD = part.rows.x_RD.new_zeros(0, part.rows.x_RD.shape[1])
-        return sum_rows(y_AD, part.weights_A, part.token_sum)
+        return sum_rows(y_AD, part.weights_A, part.token_sum, execution.kernel)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moesys.errors import RoutingError
+from moesys.kernels import routing as routing_kernels
 from moesys.moe.choice import Choice
 
 
@@ -159,6 +160,8 @@ def require_unbiased_threshold(selection: Selection, *, has_bias: bool) -> None:
 
 def choose_top_k(scores_TE: Tensor, top_k: int) -> Tensor:
     """Returns (tokens, k) int64: the experts with the largest scores, best first; ties go to the lower expert id."""
+    if routing_kernels.takes(scores_TE):
+        return routing_kernels.choose_top_k(scores_TE, top_k)
     return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesys.errors import RoutingError
+from moesys.kernels import routing as routing_kernels
 from moesys.moe.choice import Choice
 
 _SMALLEST_SUM = 1e-20
@@ -50,6 +51,13 @@ def compute_weights(choice: Choice, logits_TE: Tensor, scores_TE: Tensor, weight
     match weighting:
         case SparseMixer(epsilon=epsilon):
             return _mix_sparsely(choice, logits_TE, epsilon)
+        case Normalization.NONE | Normalization.AFTER if routing_kernels.takes(
+            scores_TE, choice.expert_ids, choice.token_offsets
+        ):
+            smallest_sum = _SMALLEST_SUM if weighting is Normalization.AFTER else None
+            return routing_kernels.weigh_choice(
+                scores_TE, choice.expert_ids, choice.token_offsets, smallest_sum
+            )
         case Normalization.NONE:
             return choice.gather(scores_TE)
         case Normalization.AFTER:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import transformers
-from family_keys import VARIANT_KEYS, Keys
 from torch import Tensor
 
+from family_keys import VARIANT_KEYS, Keys
 from moesys.checkpoint import load_model
 from moesys.models import Decoder, DocumentAttend
 from moesys.moe import Execution

@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from oracle import Checkpoint, compute_logits, load_theirs, make_tokens
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from moesys.checkpoint import load_model
 from moesys.models import Decoder, DocumentAttend
 from moesys.moe import Choice, MoEConfig, Router, find_layers

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from family_keys import FAMILY_KEYS, VARIANT_KEYS
+import transformers
 from oracle import Checkpoint, assert_same, compute_logits, load_theirs, make_tokens
 from safetensors.torch import load_file, save_file
 
+from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from moesys.checkpoint import load_model, save_model
 from moesys.errors import ModelFormatError
 from moesys.models import FAMILIES, REFUSED, Decoder, Family
@@ -160,7 +161,11 @@ def test_a_tied_head_that_is_stored_too_is_the_embedding(open_checkpoint: Any, t
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "'dynamic'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+            "'dynamic'",
+        ),
         ("minimax", {}, "lightning attention"),
         ("qwen3_next", {}, "gated delta rule"),
         ("glm4_moe_lite", {}, "no description"),

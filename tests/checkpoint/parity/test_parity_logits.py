@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from family_keys import VARIANT_KEYS
 from oracle import LENGTH, Checkpoint, assert_same, compute_logits, make_tokens
 
+from family_keys import VARIANT_KEYS
+from moesys.errors import GenerationError, ShapeError
 from moesys.inference import Engine, SequenceStep
 
 every_variant = pytest.mark.parametrize("checkpoint", VARIANT_KEYS, indirect=True)
@@ -33,7 +37,7 @@ def test_decoding_with_a_cache_gives_the_same_logits(checkpoint: Checkpoint) -> 
     edges = [0, 3, 11, *range(12, LENGTH + 1)]
     logits = [
         engine.step([SequenceStep(sequence, start, tokens[0, start:end].tolist())])[0]
-        for start, end in zip(edges, edges[1:], strict=False)
+        for start, end in pairwise(edges)
     ]
     assert_same(torch.cat(logits), checkpoint.theirs(tokens).logits[0])
 
@@ -55,3 +59,23 @@ def test_sequences_of_one_step_equal_a_padded_batch(checkpoint: Checkpoint, side
     steps = [SequenceStep(engine.open_sequence(longest), 0, prompt.tolist()) for prompt in prompts]
     for row, (ours, place) in enumerate(zip(engine.step(steps), places, strict=True)):
         assert_same(ours, theirs[row, place])
+
+
+@pytest.mark.parametrize("name", ["phimoe-longrope", "llama-longrope"])
+def test_longrope_ends_with_the_original_context(
+    name: str, open_checkpoint: Callable[[str], Checkpoint]
+) -> None:
+    """transformers goes on, with angles that differ between one pass and a cache."""
+    checkpoint = open_checkpoint(name)
+    limit = 64
+    assert checkpoint.ours.config.max_positions > checkpoint.ours.config.position_limit == limit
+    tokens = make_tokens(1, limit + 1)
+    with torch.no_grad():
+        whole = tokens[:, :limit]
+        assert_same(compute_logits(checkpoint.ours, whole), checkpoint.theirs(whole).logits)
+    engine = Engine(checkpoint.ours)
+    engine.open_sequence(limit)
+    with pytest.raises(GenerationError, match="needs 65 positions, the model was made for 1 to 64; shorten"):
+        engine.open_sequence(limit + 1)
+    with pytest.raises(ShapeError, match=r"position 64 lies beyond the original context \(64 tokens\)"):
+        compute_logits(checkpoint.ours, tokens)

@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from oracle import Checkpoint, assert_same, compute_logits, load_theirs, make_tokens
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from moesys.checkpoint import load_model, save_model
 from moesys.config import load_config
 from moesys.data import Batch
@@ -48,7 +48,9 @@ def test_gradients_of_a_training_step_are_the_same(checkpoint: Checkpoint, tmp_p
     models = [load_model(tmp_path)]
     for dtype in (torch.float32, torch.float64):
         ours = load_model(checkpoint.folder).to(dtype).requires_grad_(True)
-        assert differentiate(compute_logits(ours, tokens), tokens, ours.parameters()) == pytest.approx(loss, rel=1e-6)
+        assert differentiate(compute_logits(ours, tokens), tokens, ours.parameters()) == pytest.approx(
+            loss, rel=1e-6
+        )
         models.append(ours)
     family = choose_family(models[0].config)
     for stored in zip(*(family.list_tensors(model) for model in models), strict=True):

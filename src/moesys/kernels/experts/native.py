@@ -5,13 +5,12 @@ A row's bits never depend on how many rows or threads there are. Inference's def
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from moesys.kernels import native
 from moesys.kernels.choice import Obstacle
-from moesys.kernels.experts.row_sum import sum_rows
+from moesys.kernels.derivatives import is_transformed
+from moesys.kernels.experts.row_sum import sum_rows_in_torch
 from moesys.kernels.fork import require_threads
 from moesys.kernels.native_calls import find_native_obstacle
 from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum
@@ -36,11 +35,7 @@ def compute_experts(rows: Rows, view: BankView | ModuleView, adapters: Adapters 
     """See `moesys.kernels.experts.api.compute_experts`."""
     assert isinstance(view, BankView)
     require_threads()
-    widened = replace(
-        view, gate_up_bias_SF=_widen(view.gate_up_bias_SF), down_bias_SD=_widen(view.down_bias_SD)
-    )
-    y_AD = native.compute_experts(rows, widened)
-    return y_AD.to(rows.x_RD.dtype)
+    return native.compute_experts(rows, view).to(rows.x_RD.dtype)
 
 
 def compute_experts_summed(
@@ -51,8 +46,8 @@ def compute_experts_summed(
     adapters: Adapters | None = None,
 ) -> Tensor:
     """See `moesys.kernels.experts.api.compute_experts_summed`."""
-    return sum_rows(compute_experts(rows, view, adapters), weights_A, token_sum)
-
-
-def _widen(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float()
+    assert isinstance(view, BankView)
+    if is_transformed(weights_A):
+        return sum_rows_in_torch(compute_experts(rows, view), weights_A, token_sum)
+    require_threads()
+    return native.compute_experts_summed(rows, view, weights_A, token_sum)

@@ -1,20 +1,41 @@
-"""Sums of rows per token. One function for kernels and layer, so that both round in the same places."""
+"""Sums of rows per token. One function for kernels and layer, so that both round in the same places.
+
+In C where no gradient is needed, by the code that sums in the native expert kernel: a lone view and several that are
+summed when the last is done give the same bits. Elsewhere by torch.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from moesys.kernels.derivatives import is_transformed
+from moesys.kernels import native
+from moesys.kernels.choice import Kernel, Obstacle, choose_kernel
+from moesys.kernels.derivatives import is_transformed, is_watched
+from moesys.kernels.fork import require_threads
 from moesys.kernels.records import TokenSum
 
 
-def sum_rows(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
+def sum_rows(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum, kernel: Kernel = Kernel.AUTO) -> Tensor:
     """Sums weighted rows per result in the order given, without materialising the gathered rows.
 
-    y_AD: (assignments, hidden). weights_A: (assignments,), cast to the dtype of the rows. Returns (results, hidden);
-    a result without rows is zero. Differentiable.
+    y_AD: (assignments, hidden). weights_A: (assignments,) float32 or float64. kernel: the one that computed the rows.
+    Returns (results, hidden) in the dtype of the rows; a result without rows is zero. Differentiable. Raises
+    `KernelError` for a kernel that cannot take the call.
     """
+
+    def find_obstacle() -> Obstacle | None:
+        return _find_native_obstacle(y_AD, weights_A)
+
+    obstacles = {Kernel.NATIVE: find_obstacle, Kernel.TORCH: _none, Kernel.REFERENCE: _none}
+    if choose_kernel("row_sum", kernel, obstacles) is Kernel.NATIVE:
+        require_threads()
+        return native.sum_rows(y_AD, weights_A, token_sum)
+    return sum_rows_in_torch(y_AD, weights_A, token_sum)
+
+
+def sum_rows_in_torch(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
+    """The same by torch, with weights in the dtype of the rows."""
     weights = weights_A.to(y_AD.dtype)[token_sum.positions]
     return _sum(y_AD, token_sum, weights)
 
@@ -22,6 +43,21 @@ def sum_rows(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
 def add_rows(y_AD: Tensor, token_sum: TokenSum) -> Tensor:
     """Sums rows per result in the order given, each with weight one. Returns (results, hidden)."""
     return _sum(y_AD, token_sum, None)
+
+
+def _find_native_obstacle(y_AD: Tensor, weights_A: Tensor) -> Obstacle | None:
+    if y_AD.device.type != "cpu" or y_AD.dtype not in (torch.float32, torch.bfloat16):
+        return Obstacle(f"it sums float32 or bfloat16 rows on a CPU, these are {y_AD.dtype} on {y_AD.device}")
+    if is_watched(y_AD) or is_watched(weights_A):
+        return Obstacle("it computes no gradients; use it under torch.no_grad()")
+    if torch.compiler.is_compiling() or is_transformed(y_AD, weights_A):
+        return Obstacle("torch.compile and torch.func see into torch's own operations only")
+    reason = native.find_obstacle()
+    return None if reason is None else Obstacle(reason)
+
+
+def _none() -> None:
+    """Torch takes every call, for the reference too."""
 
 
 def _sum(y_AD: Tensor, token_sum: TokenSum, weights: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from moesys.kernels.experts.activations import activate, linearize
 from moesys.kernels.experts.bank_functions import make_functions
 from moesys.kernels.experts.modules import compute_functions, find_functions
 from moesys.kernels.experts.padding import pad_groups
-from moesys.kernels.experts.row_sum import add_rows, sum_rows
+from moesys.kernels.experts.row_sum import add_rows, sum_rows, sum_rows_in_torch
 from moesys.kernels.formats import Int8Weight
 from moesys.kernels.products import multiply
 from moesys.kernels.records import Adapters, BankView, ModuleView, Rows, TokenSum
@@ -151,9 +151,10 @@ class _Experts(torch.autograd.Function):
             )  # fmt: skip
             ctx.groups, ctx.rows, ctx.token_sum = groups, rows, call.token_sum
             ctx.form, ctx.is_complete, ctx.wish = view.form, view.covers_all, call.wish
-        return (
-            y_AD if weights_A is None or call.token_sum is None else sum_rows(y_AD, weights_A, call.token_sum)
-        )
+        if weights_A is None or call.token_sum is None:
+            return y_AD
+        # Autograd will watch the result, as it watches the rows that the layer sums where there are several views.
+        return (sum_rows_in_torch if needs_backward else sum_rows)(y_AD, weights_A, call.token_sum)
 
     @staticmethod
     @once_differentiable

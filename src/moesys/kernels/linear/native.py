@@ -21,6 +21,7 @@ def find_obstacle(x: Tensor, weight: Weight, bias: Tensor | None) -> Obstacle | 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See `moesys.kernels.linear.api.linear`."""
     require_threads()
-    x_RK = x.reshape(-1, x.shape[-1])
+    x_RK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     y_RN = native.compute_linear(x_RK, weight, None if bias is None else bias.float())
-    return y_RN.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+    y = y_RN if x.ndim == 2 else y_RN.view(*x.shape[:-1], weight.shape[0])
+    return y.to(x.dtype)

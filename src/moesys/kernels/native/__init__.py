@@ -1,27 +1,27 @@
 """CPU kernels in C, built on first use with the system's compiler. Optional: without one, torch computes."""
 
 from moesys.kernels.native.cpu_level import is_half_used_by_mkl
-from moesys.kernels.native.library import (
-    WeightFormat,
-    compute_experts,
-    compute_linear,
-    compute_product,
-    find_call_obstacle,
-    find_format,
-    find_obstacle,
-    fits_product,
-    read_memory,
-)
+from moesys.kernels.native.experts import compute_experts, compute_experts_summed
+from moesys.kernels.native.library import find_call_obstacle, find_obstacle
+from moesys.kernels.native.products import compute_linear, compute_product, fits_product, read_memory
+from moesys.kernels.native.routing import choose_top_k, group_by_expert, weigh_choice
+from moesys.kernels.native.row_sum import sum_rows
+from moesys.kernels.native.weight_format import WeightFormat, find_format
 
 __all__ = [
     "WeightFormat",
+    "choose_top_k",
     "compute_experts",
+    "compute_experts_summed",
     "compute_linear",
     "compute_product",
     "find_call_obstacle",
     "find_format",
     "find_obstacle",
     "fits_product",
+    "group_by_expert",
     "is_half_used_by_mkl",
     "read_memory",
+    "sum_rows",
+    "weigh_choice",
 ]

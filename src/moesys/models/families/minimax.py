@@ -27,6 +27,7 @@ _FIXED = {
     "use_routing_bias": True,
     "use_qk_norm": True,
     "qk_norm_type": "per_layer",
+    "shared_intermediate_size": 0,
 }
 """Keys of published files whose other values would need other arithmetic."""
 
@@ -35,6 +36,8 @@ def _read_minimax_m2(keys: Keys) -> DecoderConfig:
     for name, value in _FIXED.items():
         found = keys.get(name, value)
         require(found == value, f"{name} {found!r} is not supported; only {value!r} is")
+    mixers = set(keys.get("attn_type_list") or [1])
+    require(mixers == {1}, f"attn_type_list {sorted(mixers)} is not supported; only 1, softmax attention, is")
     moe = MoEConfig(
         num_experts=keys["num_local_experts"],
         top_k=keys["num_experts_per_tok"],

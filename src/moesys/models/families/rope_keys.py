@@ -78,8 +78,8 @@ def _read_scaling(kind: str, rope: Mapping[str, Any], keys: Mapping[str, Any]) -
                 long_factors=tuple(rope["long_factor"]),
                 original_positions=original,
                 factor=rope.get("factor") or keys["max_position_embeddings"] / original,
-                short_attention_factor=rope.get("short_mscale", common),
-                long_attention_factor=rope.get("long_mscale", common),
+                short_attention_factor=rope.get("short_mscale") or common,
+                long_attention_factor=rope.get("long_mscale") or common,
             )
 
 
@@ -107,11 +107,6 @@ def _write_scaling(scaling: Scaling | None, max_positions: int) -> dict[str, Any
                 _ORIGINAL: scaling.original_positions,
             }
         case YarnScaling():
-            optional = {
-                "attention_factor": scaling.attention_factor,
-                "mscale": scaling.mscale,
-                "mscale_all_dim": scaling.mscale_all_dim,
-            }
             return {
                 "rope_type": "yarn",
                 "factor": scaling.factor,
@@ -119,15 +114,26 @@ def _write_scaling(scaling: Scaling | None, max_positions: int) -> dict[str, Any
                 "beta_fast": scaling.beta_fast,
                 "beta_slow": scaling.beta_slow,
                 "truncate": scaling.truncates,
-                **{name: value for name, value in optional.items() if value is not None},
+                **_drop_none(
+                    attention_factor=scaling.attention_factor,
+                    mscale=scaling.mscale,
+                    mscale_all_dim=scaling.mscale_all_dim,
+                ),
             }
         case LongRopeScaling():
+            short, long = scaling.short_attention_factor, scaling.long_attention_factor
             return {
                 "rope_type": "longrope",
                 "factor": scaling.factor,
                 _ORIGINAL: scaling.original_positions,
                 "short_factor": list(scaling.short_factors),
                 "long_factor": list(scaling.long_factors),
-                "short_mscale": scaling.short_attention_factor,
-                "long_mscale": scaling.long_attention_factor,
+                # PhiMoE reads one per context, all others one for both.
+                **_drop_none(
+                    short_mscale=short, long_mscale=long, attention_factor=short if short == long else None
+                ),
             }
+
+
+def _drop_none(**values: float | None) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}

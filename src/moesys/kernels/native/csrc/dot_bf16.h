@@ -32,7 +32,10 @@ INLINE void sum_pairs(const int rows, const int first, const int together, const
   int64_t k = 0;
   for (; k + 32 <= columns; k += 32) {
 #pragma GCC unroll 4
-    for (int j = first; j < first + together; j++) __builtin_prefetch(w[j] + k + ahead);
+    for (int j = first; j < first + together; j++) {
+      if (together < TILE_COLUMNS) FETCH_ONCE(w[j] + k + ahead);
+      else FETCH(w[j] + k + ahead);
+    }
     add_pairs(rows, first, together, x, w, k, 32, sums);
   }
   if (k < columns) add_pairs(rows, first, together, x, w, k, (int)(columns - k), sums);

@@ -74,7 +74,7 @@ INLINE vec dot_group(const int8_row *x, int64_t group, int8_group w) {
 // Fetches the scales of rows to come: in so slow a stream that hardware prefetchers lose it among the weights.
 INLINE void fetch_scales(const float *scales, int rows, int64_t groups) {
   const int rows_ahead = 4, line = 16;
-  for (int64_t g = 0; g < rows * groups; g += line) __builtin_prefetch(scales + rows_ahead * groups + g);
+  for (int64_t g = 0; g < rows * groups; g += line) FETCH_ONCE(scales + rows_ahead * groups + g);
 }
 
 INLINE void sum_groups(const int rows, const int first, const int together, const int8_row x[],
@@ -84,7 +84,8 @@ INLINE void sum_groups(const int rows, const int first, const int together, cons
   for (int64_t g = 0; g < groups; g++) {
 #pragma GCC unroll 4
     for (int j = first; j < first + together; j++) {
-      __builtin_prefetch(w[j] + g * GROUP + ahead);
+      if (together < TILE_COLUMNS) FETCH_ONCE(w[j] + g * GROUP + ahead);
+      else FETCH(w[j] + g * GROUP + ahead);
       int8_group weights = load_weight_group(w[j] + g * GROUP);
       float scale = scales[j][g];
 #pragma GCC unroll 8

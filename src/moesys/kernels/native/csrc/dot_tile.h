@@ -34,7 +34,10 @@ INLINE void CONCAT(sum_products, FORMAT)(const int rows, const int first, const 
   int64_t k = 0;
   for (; k + LINE <= columns; k += LINE) {
 #pragma GCC unroll 4
-    for (int j = first; j < first + together; j++) __builtin_prefetch(w[j] + k + ahead);
+    for (int j = first; j < first + together; j++) {
+      if (together < TILE_COLUMNS) FETCH_ONCE(w[j] + k + ahead);
+      else FETCH(w[j] + k + ahead);
+    }
 #pragma GCC unroll 16
     for (int v = 0; v < LINE; v += LANES)
       CONCAT(add_products, FORMAT)(rows, first, together, x, w, k + v, LANES, sums);

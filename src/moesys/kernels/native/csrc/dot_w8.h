@@ -20,7 +20,8 @@ INLINE void sum_w8_groups(const int rows, const int first, const int together, c
 #pragma GCC unroll 4
     for (int j = first; j < first + together; j++) {
       const int8_t *source = w[j] + g * GROUP;
-      __builtin_prefetch(is_stream ? w[first] + (g * together + j - first) * GROUP + ahead : source + ahead);
+      if (is_stream) FETCH_ONCE(w[first] + (g * together + j - first) * GROUP + ahead);
+      else FETCH(source + ahead);
       vec weights[GROUP_VECTORS], scale = splat(scales[j][g]);
 #pragma GCC unroll 16
       for (int v = 0; v < GROUP_VECTORS; v++) weights[v] = load_i8(source + v * LANES);

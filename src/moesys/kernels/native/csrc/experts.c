@@ -1,11 +1,13 @@
 // Rows of tokens through their experts: up (and gate) product, activation, down product.
 //
 // Rows are read where they lie, through their ids. Each phase is cut into (expert, block of weight rows), so that
-// every weight is read from memory once, and the phases are separated by the barrier at the end of each loop.
+// every weight is read from memory once, with a barrier between the phases. Where one view holds every expert, a third
+// phase sums each token's rows.
 #include <stdlib.h>
 
 #include "blocks.h"
 #include "operands.h"
+#include "row_sum.h"
 
 #define UNITS 32         // inner units per block, two weight rows each with a gate
 #define UNITS_INT8 64    // a whole group, which is rounded where it is computed
@@ -17,7 +19,8 @@ enum activation { SWIGLU, CLAMPED_SWIGLU, GELU, RELU };
 
 typedef struct {
   activations x;
-  const int64_t *row_ids, *offsets, *slots;
+  const int64_t *row_ids, *offsets;
+  const int64_t *slots;  // by expert, -1 for none; NULL where slot e holds expert e
   int64_t num_experts, num_rows, num_assignments, num_slots;
   matrix gate_up, down;
   const float *gate_up_bias, *down_bias;
@@ -26,10 +29,13 @@ typedef struct {
   int64_t inner;
   activations inner_rows;
   float *y;
+  row_sums sums;  // of y; results are NULL where rows are wanted and not sums
   int32_t threads;
 } experts_call;
 
 typedef float unit_rows[TILE_ROWS][LARGEST_UNITS];
+
+INLINE int64_t get_slot(const experts_call *c, int64_t expert) { return c->slots ? c->slots[expert] : expert; }
 
 INLINE int has_gate(const experts_call *c) { return c->activation == SWIGLU || c->activation == CLAMPED_SWIGLU; }
 
@@ -88,7 +94,7 @@ static void multiply_units(const experts_call *c, int64_t slot, int rows, const 
 }
 
 static void compute_inner(const experts_call *c, int64_t expert, int64_t unit, int count) {
-  int64_t slot = c->slots[expert];
+  int64_t slot = get_slot(c, expert);
   for (int64_t a = c->offsets[expert]; a < c->offsets[expert + 1]; a += TILE_ROWS) {
     int rows = (int)least(TILE_ROWS, c->offsets[expert + 1] - a);
     unit_rows gate = {{0}}, up = {{0}};
@@ -109,7 +115,7 @@ static void compute_inner(const experts_call *c, int64_t expert, int64_t unit, i
 }
 
 static void compute_outer(const experts_call *c, int64_t expert, int64_t column, int64_t column_end) {
-  int64_t slot = c->slots[expert], hidden = c->down.rows;
+  int64_t slot = get_slot(c, expert), hidden = c->down.rows;
   const float *bias = c->down_bias ? c->down_bias + slot * hidden : 0;
   for (int64_t a = c->offsets[expert]; a < c->offsets[expert + 1]; a += TILE_ROWS) {
     int rows = (int)least(TILE_ROWS, c->offsets[expert + 1] - a);
@@ -128,14 +134,12 @@ static void compute_outer(const experts_call *c, int64_t expert, int64_t column,
   }
 }
 
-// Whether every index lies where it may. The layer's parts and views come from code that users replace.
 static int is_sound(const experts_call *c) {
-  if (c->offsets[0] != 0 || c->offsets[c->num_experts] != c->num_assignments) return 0;
   for (int64_t e = 0; e < c->num_experts; e++)
-    if (c->offsets[e] > c->offsets[e + 1] || c->slots[e] < -1 || c->slots[e] >= c->num_slots) return 0;
-  for (int64_t a = 0; a < c->num_assignments; a++)
-    if (c->row_ids[a] < 0 || c->row_ids[a] >= c->num_rows) return 0;
-  return 1;
+    if (get_slot(c, e) < -1 || get_slot(c, e) >= c->num_slots) return 0;
+  return are_offsets(c->offsets, c->num_experts, c->num_assignments) &&
+         are_ids(c->row_ids, c->num_assignments, c->num_rows) &&
+         (!c->sums.results || is_sound_sum(&c->sums, c->num_assignments));
 }
 
 // Returns 0, 1 when there is no memory for the list of experts, or 2 when an index is out of range.
@@ -145,14 +149,15 @@ int moesys_experts(const experts_call *c) {
   if (!busy) return 1;
   int64_t num_busy = 0;
   for (int64_t e = 0; e < c->num_experts; e++)
-    if (c->slots[e] >= 0 && c->offsets[e + 1] > c->offsets[e]) busy[num_busy++] = e;
+    if (get_slot(c, e) >= 0 && c->offsets[e + 1] > c->offsets[e]) busy[num_busy++] = e;
   int units = c->down.format == WEIGHT_W8A8 ? UNITS_INT8 : UNITS;
   int64_t unit_blocks = (c->inner + units - 1) / units;
   int64_t column_blocks = (c->down.rows + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
   if (c->gate_up.format == WEIGHT_W8A8) round_rows(&c->x, c->num_rows, c->threads);
-  block_run inner_runs[c->threads], outer_runs[c->threads];
+  block_run inner_runs[c->threads], outer_runs[c->threads], sum_runs[c->threads];
   share_blocks(inner_runs, c->threads, num_busy * unit_blocks);
   share_blocks(outer_runs, c->threads, num_busy * column_blocks);
+  share_blocks(sum_runs, c->threads, c->sums.results ? count_sum_blocks(&c->sums, c->down.rows) : 0);
 #pragma omp parallel num_threads(c->threads)
   {
     for (int64_t block; (block = take_block(inner_runs, c->threads)) >= 0;) {
@@ -164,6 +169,9 @@ int moesys_experts(const experts_call *c) {
       int64_t column = block % column_blocks * BLOCK_COLUMNS;
       compute_outer(c, busy[block / column_blocks], column, least(column + BLOCK_COLUMNS, c->down.rows));
     }
+#pragma omp barrier
+    for (int64_t block; (block = take_block(sum_runs, c->threads)) >= 0;)
+      sum_block(&c->sums, c->y, 0, c->down.rows, block);
   }
   free(busy);
   return 0;

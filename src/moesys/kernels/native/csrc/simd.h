@@ -29,6 +29,11 @@
 #define FEW_ROWS 2
 #define STREAM_AHEAD 4096
 
+// Fetches a line: one that is used for several tiles, or one of a stream that is used once and passes by the outer
+// caches, which keep what runs between the calls.
+#define FETCH(address) __builtin_prefetch(address)
+#define FETCH_ONCE(address) __builtin_prefetch(address, 0, 0)
+
 // Calls F with the number of activation rows as a constant, so that its loops over them unroll.
 #if TILE_ROWS > 2
 #define WITH_ROWS(rows, F, ...)        \
@@ -115,6 +120,24 @@ INLINE vec load_bf16_head(const uint16_t *source, int count) {
   uint16_t padded[LANES] = {0};
   memcpy(padded, source, 2 * (size_t)count);
   return load_bf16(padded);
+}
+
+// The nearest bfloat16 numbers, ties to even; NaN stays NaN. As torch rounds, subnormal numbers too, which the CPU's own
+// instruction takes for zero.
+INLINE vec round_to_bf16(vec v) {
+  vec_u32 bits = (vec_u32)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  vec_u32 is_nan = (vec_u32)(v != v);
+  return (vec)((is_nan & (bits | 0x00400000) & 0xffff0000) | (~is_nan & rounded));
+}
+
+// Stores the first `count` of numbers that are bfloat16 already.
+INLINE void store_bf16_head(uint16_t *target, vec v, int count) {
+#if LANES == 16
+  __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)v, 16));
+#else
+  vec_u16 halves = __builtin_convertvector((vec_u32)v >> 16, vec_u16);
+#endif
+  memcpy(target, &halves, 2 * (size_t)count);
 }
 
 #if defined(__clang__) || __GNUC__ >= 12

@@ -1,0 +1,84 @@
+"""Rows through their experts in C, as rows per assignment or summed per token."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from moesys.errors import ShapeError
+from moesys.kernels.native.library import load_library
+from moesys.kernels.native.operands import FLOAT32, ActivationBuffers, new_padded, pack_matrix, point
+from moesys.kernels.native.row_sum import SumBuffers
+from moesys.kernels.native.structures import ExpertsCall
+from moesys.kernels.native.weight_format import WeightFormat, find_format
+from moesys.kernels.records import Activation, BankView, Rows, TokenSum
+
+_ACTIVATIONS = (Activation.SWIGLU, Activation.CLAMPED_SWIGLU, Activation.GELU, Activation.RELU)
+"""In the order of ``activation`` in experts.c."""
+
+
+def compute_experts(rows: Rows, view: BankView) -> Tensor:
+    """Computes float32 rows per assignment for float32 or bfloat16 ``rows.x_RD``. Rows of experts that the view does
+    not hold are zero. Raises `ShapeError` for an index out of range."""
+    return _compute(rows, view, None)
+
+
+def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
+    """Computes the rows and sums them per token, for a view that covers every expert. Returns (results, hidden) in the
+    dtype of ``rows.x_RD``: the bits of `sum_rows` over `compute_experts` in that dtype. Raises as `compute_experts`."""
+    sums = SumBuffers(weights_A, token_sum, rows.x_RD.shape[1], rows.x_RD.dtype)
+    _compute(rows, view, sums)
+    return sums.results_RD
+
+
+def _compute(rows: Rows, view: BankView, sums: SumBuffers | None) -> Tensor:
+    num_assignments, hidden = rows.num_assignments, rows.x_RD.shape[1]
+    inner = view.gate_up_SFD.shape[1] // view.form.num_halves
+    new_rows = torch.empty if view.covers_all else torch.zeros
+    y_AD = new_rows(num_assignments, hidden, **FLOAT32)
+    x = ActivationBuffers(rows.x_RD, view.gate_up_SFD)
+    inner_rows = ActivationBuffers(new_padded(num_assignments, inner, view.down_SDF), view.down_SDF)
+    if rows.x_RD.dtype is torch.bfloat16 and find_format(view.down_SDF) is WeightFormat.BF16:
+        inner_rows.add_halves()
+    row_ids, offsets = rows.row_ids.contiguous(), rows.offsets.contiguous()
+    slots = None if view.slot_of_expert is None else view.slot_of_expert.contiguous()
+    gate_up_bias, down_bias = _widen(view.gate_up_bias_SF), _widen(view.down_bias_SD)
+    call = ExpertsCall(
+        x=x.record,
+        row_ids=row_ids.data_ptr(),
+        offsets=offsets.data_ptr(),
+        slots=point(slots),
+        num_experts=rows.num_experts,
+        num_rows=rows.x_RD.shape[0],
+        num_assignments=num_assignments,
+        num_slots=view.num_slots,
+        gate_up=pack_matrix(view.gate_up_SFD),
+        down=pack_matrix(view.down_SDF),
+        gate_up_bias=point(gate_up_bias),
+        down_bias=point(down_bias),
+        activation=_ACTIVATIONS.index(view.form.activation),
+        limit=view.form.limit,
+        alpha=view.form.alpha,
+        inner=inner,
+        inner_rows=inner_rows.record,
+        y=y_AD.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    if sums is not None:
+        call.sums = sums.record
+    status = load_library().moesys_experts(ctypes.byref(call))
+    if status == 1:
+        raise MemoryError("the native expert kernel found no memory for its list of experts")
+    if status == 2:
+        raise ShapeError(
+            f"row_ids must be in 0..{rows.x_RD.shape[0] - 1}, slots in -1..{view.num_slots - 1}, and offsets must rise "
+            f"from 0 to the number of assignments ({num_assignments}); positions of a sum must be in "
+            f"0..{num_assignments - 1} and its offsets rise to their number; one of them does not"
+        )
+    return y_AD
+
+
+def _widen(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()

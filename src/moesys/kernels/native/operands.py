@@ -1,0 +1,74 @@
+"""What the kernels multiply, as the records of operands.h: pointers, with the memory behind them kept alive."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesys.kernels.formats import GROUP_SIZE, Int8Weight
+from moesys.kernels.native.library import load_library
+from moesys.kernels.native.structures import Activations, Matrix
+from moesys.kernels.native.weight_format import WeightFormat, find_format
+from moesys.kernels.records import Weight
+
+FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}
+_LANES_OF_CORRECTION = 16
+
+
+class ActivationBuffers:
+    """Activations as a weight's format wants them, and the memory behind the pointers."""
+
+    def __init__(self, x_RK: Tensor, weight: Weight) -> None:
+        num_rows, columns = x_RK.shape
+        form = find_format(weight)
+        if x_RK.dtype is torch.bfloat16 and form is WeightFormat.BF16 and _multiplies_bf16():
+            self._rounded = x_RK.contiguous()
+            self.record = Activations(rounded=self._rounded.data_ptr(), columns=columns)
+            return
+        x_RK = x_RK.float()
+        if isinstance(weight, Int8Weight) and weight.values.shape[-1] != columns:
+            x_RK = torch.nn.functional.pad(x_RK, (0, weight.values.shape[-1] - columns))
+            columns = weight.values.shape[-1]
+        self._values = x_RK.contiguous()
+        self.record = Activations(values=self._values.data_ptr(), columns=columns)
+        if form is WeightFormat.W8A8:
+            num_groups = num_rows * columns // GROUP_SIZE
+            sizes = (4 * _LANES_OF_CORRECTION * num_groups, GROUP_SIZE * num_groups, 4 * num_groups)
+            self._rounded = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
+            self.record.corrections = start = self._rounded.data_ptr()
+            self.record.rounded = start + sizes[0]
+            self.record.scales = start + sizes[0] + sizes[1]
+
+    def add_halves(self) -> None:
+        """Makes room for the bfloat16 form, which the kernel fills, on CPUs that multiply it."""
+        if _multiplies_bf16():
+            self._rounded = torch.empty(self._values.shape, dtype=torch.bfloat16, device="cpu")
+            self.record.rounded = self._rounded.data_ptr()
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    return bool(load_library().moesys_multiplies_bf16())
+
+
+def new_padded(num_rows: int, columns: int, weight: Weight) -> Tensor:
+    """Rows that the kernel fills; zero beyond the columns where the weight's format pads."""
+    if isinstance(weight, Int8Weight) and weight.values.shape[-1] != columns:
+        return torch.zeros(num_rows, weight.values.shape[-1], **FLOAT32)
+    return torch.empty(num_rows, columns, **FLOAT32)
+
+
+def pack_matrix(weight: Weight) -> Matrix:
+    values = weight.values if isinstance(weight, Int8Weight) else weight
+    scales = weight.scales if isinstance(weight, Int8Weight) else None
+    form = find_format(weight)
+    assert form is not None
+    assert values.is_contiguous()
+    return Matrix(int(form), values.data_ptr(), point(scales), values.shape[-2], values.shape[-1])
+
+
+def point(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
