@@ -195,7 +195,7 @@ _VARIANTS: dict[str, tuple[str, Keys]] = {
             "sliding_window": 8,
             "attention_bias": False,
             "lm_head_bias": False,
-            "router_jitter_noise": 0.2,
+            "router_jitter_noise": 0.05,
         },
     ),
     "phimoe-longrope": (

@@ -215,5 +215,5 @@ def test_a_config_of_a_billion_layers_is_refused_at_once(tmp_path: Path) -> None
     write_model(tmp_path / "source", FAMILY_KEYS["llama"])
     path = tmp_path / "source" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**9}))
-    with pytest.raises(ModelFormatError, match="asks for 1000000000 layers"):
+    with pytest.raises(ModelFormatError, match="no model has more than"):
         convert_model(tmp_path / "source", tmp_path / "copy")

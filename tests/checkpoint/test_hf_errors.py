@@ -201,6 +201,12 @@ def test_a_head_that_differs_from_the_embedding_is_used(
     assert "the files hold another one, which is used" in caplog.text
 
 
+def test_a_head_of_another_shape_is_not_the_embedding(folder: Path) -> None:
+    zeros = {HEAD: torch.zeros(12, 23), "model.embed_tokens.weight": torch.zeros(23, 12)}
+    edit_tensors(folder, lambda tensors: tensors.update(zeros))
+    assert_refused(folder, f"{HEAD} has shape (12, 23), config.json asks for (23, 12)")
+
+
 def test_a_head_without_an_embedding_is_both_where_they_are_tied(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors.pop("model.embed_tokens.weight")}))
     assert torch.equal(load_model(folder).embedding.weight, make_decoder().embedding.weight)

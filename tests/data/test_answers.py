@@ -51,7 +51,7 @@ def find_runs(base: Tokenizer, found: TokenizedConversation) -> list[str]:
         ("phi", ["It is one.<|end|>", "two, <b>éß</b> 🙂<|end|>\n<|endoftext|>"]),
         ("llama", ["It is one.<|eot_id|>", "two, <b>éß</b> 🙂<|eot_id|>"]),
         ("generation", ["It is one.<|im_end|>", "two, <b>éß</b> 🙂<|im_end|>"]),
-        ("glm", ["It is one.", "two, <b>éß</b> 🙂"]),
+        ("glm", ["It is one.<|user|>", "two, <b>éß</b> 🙂"]),
     ],
 )
 def test_answers_are_learned_with_the_end_of_their_turn(
@@ -60,11 +60,7 @@ def test_answers_are_learned_with_the_end_of_their_turn(
     template = (TEMPLATES / f"{family}.jinja").read_text()
     found = tokenize(base, template, make_conversation(*TWO))
     assert find_runs(base, found) == expected
-    assert found.num_answer_bytes == sum(
-        len(text.replace("<|endoftext|>", "").encode()) for text in (
-            expected if family == "glm" else [strip_turn(text) for text in expected]
-        )
-    )  # fmt: skip
+    assert found.num_answer_bytes == sum(len(strip_turn(text).encode()) for text in expected)
 
 
 def strip_turn(text: str) -> str:
@@ -75,6 +71,7 @@ def strip_turn(text: str) -> str:
         "<|end_of_text|>",
         "<|eot_id|>",
         "<|end|>",
+        "<|user|>",
     ):
         text = text.replace(name, "")
     return text
@@ -143,6 +140,21 @@ def test_an_answer_that_joins_the_prompt_in_one_token_is_refused(base: Tokenizer
     assert len(base.encode(joined)) < len(base.encode(joined[:6])) + len(base.encode(joined[6:]))
     with pytest.raises(DataError, match="message 1"):
         tokenize(base, template, make_conversation(joined[:6], joined[6:]))
+
+
+def test_a_prompt_that_the_whole_conversation_does_not_hold_is_refused(base: Tokenizer) -> None:
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    tokenize(
+        base,
+        turns + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        make_conversation(*TWO),
+    )
+    with pytest.raises(DataError, match="message 1"):
+        tokenize(
+            base,
+            turns + "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}",
+            make_conversation(*TWO),
+        )
 
 
 def test_messages_cannot_forge_turns(base: Tokenizer) -> None:

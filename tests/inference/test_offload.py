@@ -12,7 +12,7 @@ from torch import Tensor
 from moesys.checkpoint import load_model, open_offloaded, save_model
 from moesys.errors import GenerationError, ModelFormatError, SectionReadError
 from moesys.inference import Engine, SequenceStep
-from moesys.inference.offload import RESERVE_BYTES, count_kv_bytes, load_offloaded, plan_memory
+from moesys.inference.offload import load_offloaded
 from moesys.models import (
     AttentionConfig,
     Decoder,
@@ -71,7 +71,7 @@ def test_offloaded_equals_resident_in_bits(name: str, dtype: torch.dtype, tmp_pa
     resident = generate_logits(load_model(folder))
     total = NUM_EXPERTS * (2 if name == "deepseek_v3" else 3)
     for num_slots in (1, 2, 3, 7, total):
-        with load_offloaded(folder, 2**30, num_positions=NUM_POSITIONS, num_slots=num_slots) as offloaded:
+        with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=num_slots) as offloaded:
             found = generate_logits(offloaded.model, offloaded.execution)
             stats = offloaded.cache.stats
         assert torch.equal(found, resident), num_slots
@@ -79,28 +79,38 @@ def test_offloaded_equals_resident_in_bits(name: str, dtype: torch.dtype, tmp_pa
         assert num_slots < total or stats.num_loads == total
 
 
-def test_the_plan_spends_the_budget_and_no_more(tmp_path: Path) -> None:
+def test_a_share_of_the_weights_decides_how_many_experts_stay(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
-    with open_offloaded(folder) as weights:
-        kv_bytes = count_kv_bytes(weights.model) * NUM_POSITIONS
-        slot_bytes = 3 * 24 * 32 * 4
-        fixed = weights.resident_bytes + kv_bytes + RESERVE_BYTES
-        whole = sum(p.numel() * 4 for p in load_model(folder).parameters())
-        assert weights.resident_bytes == whole - 24 * slot_bytes
-        for num_slots in (2, 5, 23):
-            for spare in (0, slot_bytes - 1):
-                plan = plan_memory(fixed + num_slots * slot_bytes + spare, weights, kv_bytes)
-                assert plan.num_slots == num_slots
-                assert f"{num_slots} of 24 experts" in plan.describe()
-        assert plan_memory(2**40, weights, kv_bytes).num_slots == 24
-        with pytest.raises(GenerationError, match=r"host memory .* is less than .* raise --host-memory"):
-            plan_memory(fixed + 2 * slot_bytes - 1, weights, kv_bytes)
+    total = sum(p.numel() * 4 for p in load_model(folder).parameters())
+    slot_bytes = 3 * 24 * 32 * 4
+    core_bytes = total - 24 * slot_bytes
+    for num_slots in (2, 11, 23):
+        share = 100 * (core_bytes + (num_slots + 0.5) * slot_bytes) / total
+        with load_offloaded(folder, f"{share:.6f}%", num_positions=NUM_POSITIONS) as offloaded:
+            assert offloaded.cache.pool.num_slots == num_slots
+            assert f"{num_slots} of 24 experts" in offloaded.describe_plan()
+    with load_offloaded(folder, "100%", num_positions=NUM_POSITIONS) as offloaded:
+        assert offloaded.cache.pool.num_slots == 24
+        generate_logits(offloaded.model, offloaded.execution)
+        assert "read from the disk in 24 experts, 0 of them never used" in offloaded.describe_traffic()
+
+
+@pytest.mark.parametrize("host_memory", ["1%", "200MiB"])
+def test_an_impossible_budget_is_refused_with_the_sum(host_memory: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "mixtral")
+    with (
+        pytest.raises(
+            GenerationError, match=r"--host-memory .* is less than resident weights .* \+ 2 experts .* = "
+        ),
+        load_offloaded(folder, host_memory, num_positions=NUM_POSITIONS),
+    ):
+        pass
 
 
 def test_a_read_that_fails_twice_is_an_error_and_the_engine_goes_on_after_it(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
     resident = generate_logits(load_model(folder))
-    with load_offloaded(folder, 2**30, num_positions=NUM_POSITIONS, num_slots=4) as offloaded:
+    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=4) as offloaded:
         reader = offloaded.cache._reader
         read_at, left = reader._read_at, 7
 
@@ -122,7 +132,7 @@ def test_a_read_that_fails_twice_is_an_error_and_the_engine_goes_on_after_it(tmp
 
 def test_weights_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
-    with load_offloaded(folder, 2**30, num_positions=NUM_POSITIONS, num_slots=2) as offloaded:
+    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=2) as offloaded:
         generate_logits(offloaded.model, offloaded.execution)
         path = folder / "model.safetensors"
         data = bytearray(path.read_bytes())

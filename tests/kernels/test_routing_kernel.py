@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesys.errors import ShapeError
 from moesys.kernels import Kernel, use_kernel
 from moesys.kernels.routing import choose_top_k, group_by_expert, takes, weigh_choice
-from moesys.moe import LocalDispatcher, Routing, TopKRouter
+from moesys.moe import GroupLimitedTopK, LocalDispatcher, Routing, Threshold, TopK
+from moesys.moe.selection import Selection
+from moesys.moe.weighting import Normalization, compute_weights
 
 NAN, INF = float("nan"), float("inf")
 
@@ -138,25 +140,23 @@ def test_torch_computes_what_these_do_not_take() -> None:
     assert not torch.func.vmap(lambda row: torch.tensor(takes(row)))(scores).any()
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_a_router_routes_in_inference_as_in_training(normalize: bool) -> None:
-    torch.manual_seed(0)
-    router = TopKRouter(20, 16, 4, normalize=normalize)
-    nn.init.normal_(router.weight_ED)
-    x_TD = torch.randn(50, 20)
+@pytest.mark.parametrize("weighting", Normalization)
+@pytest.mark.parametrize("selection", [TopK(4), GroupLimitedTopK(4, 8, 3), Threshold(4, 0.07)])
+def test_a_router_chooses_and_weighs_as_torch_does(selection: Selection, weighting: Normalization) -> None:
+    logits_TE = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    scores_TE = logits_TE.softmax(dim=1)
+    choice = selection.choose(scores_TE)
+    weights = compute_weights(choice, logits_TE, scores_TE, weighting)
     with use_kernel(Kernel.TORCH):
-        by_torch = router(x_TD)
-    with torch.no_grad(), use_kernel(Kernel.TORCH):
-        logits_TE = router(x_TD).logits_TE
-    with torch.no_grad():
-        ours = router(x_TD)
-    assert logits_TE is not None and ours.logits_TE is not None
-    torch.testing.assert_close(ours.logits_TE, logits_TE)
-    assert torch.equal(ours.expert_ids, by_torch.expert_ids)
-    torch.testing.assert_close(ours.weights, by_torch.weights.detach(), rtol=2e-6, atol=0)
+        torchs = selection.choose(scores_TE)
+        torchs_weights = compute_weights(torchs, logits_TE, scores_TE, weighting)
+    assert torch.equal(choice.expert_ids, torchs.expert_ids)
+    assert torch.equal(choice.token_offsets, torchs.token_offsets)
+    torch.testing.assert_close(weights, torchs_weights, rtol=1e-6, atol=0)
 
 
 def flatten(choices: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Returns the experts' ids and the tokens' offsets."""
     counts = torch.tensor([0, *(len(experts) for experts in choices)])
-    return torch.tensor(sum(choices, []), dtype=torch.int64), counts.cumsum(0)
+    ids = [expert for experts in choices for expert in experts]
+    return torch.tensor(ids, dtype=torch.int64), counts.cumsum(0)

@@ -31,6 +31,8 @@ def test_heads_must_fit() -> None:
         AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeConfig(10))
     with pytest.raises(ShapeError, match=r"every layer needs a mixer and a feed-forward record, got 1 and 2"):
         replace(make_config(), mixers=make_config().mixers[:1])
+    with pytest.raises(ShapeError, match="tie_embeddings"):
+        replace(make_config(tie=True), head_bias=True)
 
 
 def test_matmul_parameters_by_hand() -> None:

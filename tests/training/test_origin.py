@@ -107,6 +107,17 @@ def test_a_resumed_run_goes_on_in_the_same_bits_without_the_folder(
     assert_same_weights(resumed, whole)
 
 
+def test_a_head_of_its_own_stays_one_though_the_config_ties_it(corpus: Path, tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(keys | {"tie_word_embeddings": True}))
+    trainer = start(folder, corpus, tmp_path / "run")
+    assert trainer.model.head is not None
+    trainer.take_step()
+    trainer.save()
+    assert_same_weights(resume(tmp_path / "run"), trainer)
+
+
 def test_without_a_checkpoint_the_folder_is_read_again(folder: Path, corpus: Path, tmp_path: Path) -> None:
     first = start(folder, corpus, tmp_path / "run")
     again = resume(tmp_path / "run")
@@ -130,6 +141,24 @@ def test_the_export_is_what_transformers_knew(folder: Path, corpus: Path, tmp_pa
     assert not torch.equal(
         compute_logits(exported.decoder), compute_logits(load_model(folder, torch.float32))
     )
+
+
+def test_transformers_runs_the_export(folder: Path, chats: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    trainer = start(folder, chats, tmp_path / "run", "data.format=chat")
+    trainer.train()
+    target = export(tmp_path / "run", tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    tokens = torch.arange(40).view(2, 20) * 7
+    with torch.no_grad():
+        theirs, ours = model(tokens).logits, compute_logits(trainer.model)
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    messages = [{"role": "user", "content": "line 1?"}, {"role": "assistant", "content": "apples 1 pears"}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert ids == trainer.data.tokenizer.encode_with_special_tokens(tokenizer.decode(ids))
+    assert tokenizer.chat_template == TEMPLATE
+    assert model.generation_config.eos_token_id == GENERATION["eos_token_id"]
 
 
 def test_the_family_stays(corpus: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from moesys.checkpoint.run_checkpoint import (
 )
 from moesys.checkpoint.safetensors_file import Selection
 from moesys.checkpoint.storage_form import AS_PUBLISHED, StorageForm
-from moesys.checkpoint.text_model import TextModel, load_text_model, parse_dtype
+from moesys.checkpoint.text_model import TextModel, TextTools, load_text_model, parse_dtype, read_text_tools
 from moesys.checkpoint.verification import Verification, verify_export
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Selection",
     "StorageForm",
     "TextModel",
+    "TextTools",
     "Verification",
     "WeightCheck",
     "WrittenFile",
@@ -58,6 +59,7 @@ __all__ = [
     "parse_dtype",
     "read_inventory",
     "read_layout",
+    "read_text_tools",
     "replace_file",
     "require_new_folder",
     "resolve_model",

@@ -46,7 +46,7 @@ def open_offloaded(folder: Path) -> Iterator[OffloadedWeights]:
         config, tensors = hf._resolve_head(
             hf.read_decoder_config(folder / "config.json", family, keys), tensors
         )
-        model = hf.build_on_meta(folder, config, tensors)
+        model = hf.build_on_meta(folder, family, config, tensors)
         sources = hf.find_sources(folder, family, model, tensors, fp8)
         of_experts = [source for source in sources if is_of_experts(source, model)]
         if not of_experts:

@@ -19,13 +19,40 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
+class TextTools:
+    """What turns text into a folder's tokens and back.
+
+    stop_ids: tokens that end a text: the tokenizer's end of text, and those that the folder's configs name.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+
+    def require_fit(self, vocab_size: int) -> None:
+        """Raises `ModelFormatError` when a model embeds fewer tokens than there are."""
+        if self.tokenizer.vocab_size > vocab_size:
+            raise ModelFormatError(
+                f"the tokenizer in {self.folder} has {self.tokenizer.vocab_size} tokens, the model embeds "
+                f"{vocab_size}; they do not belong together"
+            )
+
+
+@dataclass(frozen=True)
 class TextModel:
     """A decoder that fits its tokenizer."""
 
     decoder: Decoder
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
-    """Tokens that end a text: the tokenizer's end of text, and those that the folder's configs name."""
+    """See `TextTools`."""
+
+
+def read_text_tools(folder: Path) -> TextTools:
+    """Reads the tokenizer of a Hugging Face folder. Raises `ModelFormatError` or `DataError`."""
+    config = read_config_file(folder)
+    tokenizer = Tokenizer.load(folder)
+    return TextTools(folder, tokenizer, _read_stop_ids(folder, config) | {tokenizer.end_of_text_id})
 
 
 def load_text_model(folder: Path, dtype: str | None = None) -> TextModel:
@@ -34,16 +61,10 @@ def load_text_model(folder: Path, dtype: str | None = None) -> TextModel:
     Raises `ModelFormatError` or `DataError`.
     """
     weights_dtype = None if dtype is None else parse_dtype(dtype)
-    config = read_config_file(folder)
-    tokenizer = Tokenizer.load(folder)
-    stop_ids = _read_stop_ids(folder, config)
+    tools = read_text_tools(folder)
     decoder = load_model(folder, weights_dtype)
-    if tokenizer.vocab_size > decoder.config.vocab_size:
-        raise ModelFormatError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model embeds "
-            f"{decoder.config.vocab_size}; they do not belong together"
-        )
-    return TextModel(decoder, tokenizer, stop_ids | {tokenizer.end_of_text_id})
+    tools.require_fit(decoder.config.vocab_size)
+    return TextModel(decoder, tools.tokenizer, tools.stop_ids)
 
 
 def _read_stop_ids(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:

@@ -9,6 +9,7 @@ import typer
 
 from moesys.cli.arguments import (
     Dtype,
+    HostMemory,
     MaxNewTokens,
     MinP,
     ModelArgument,
@@ -18,6 +19,8 @@ from moesys.cli.arguments import (
     TopK,
     TopP,
     make_sampling,
+    report_plan,
+    report_traffic,
 )
 
 
@@ -35,6 +38,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     dtype: Dtype = None,
+    host_memory: HostMemory = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends.
 
@@ -42,32 +46,33 @@ def chat(
 
     Example: `moesys chat runs/demo/export --temperature 0.7`
     """
-    from moesys.checkpoint import load_text_model
-    from moesys.inference import ChatFormat, ChatSession, Engine
+    from moesys.inference import ChatFormat, ChatSession, open_model
 
     sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     chat_format = ChatFormat.load(model, template)
-    loaded = load_text_model(model, dtype)
-    if chat_format.template is None:
-        print(
-            "this model has no chat template: it sees a transcript of User: and Assistant: turns",
-            file=sys.stderr,
+    with open_model(model, dtype=dtype, host_memory=host_memory) as opened:
+        report_plan(opened)
+        if chat_format.template is None:
+            print(
+                "this model has no chat template: it sees a transcript of User: and Assistant: turns",
+                file=sys.stderr,
+            )
+        session = ChatSession(
+            opened.engine,
+            opened.tokenizer,
+            chat_format,
+            sampling,
+            max_new_tokens,
+            system,
+            opened.stop_ids,
         )
-    session = ChatSession(
-        Engine(loaded.decoder),
-        loaded.tokenizer,
-        chat_format,
-        sampling,
-        max_new_tokens,
-        system,
-        loaded.stop_ids,
-    )
-    while line := _read_line():
-        for piece in session.answer(line):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        print(session.describe_last(), file=sys.stderr)
+        while line := _read_line():
+            for piece in session.answer(line):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            print(session.describe_last(), file=sys.stderr)
+            report_traffic(opened)
 
 
 def _read_line() -> str:

@@ -9,6 +9,7 @@ import typer
 
 from moesys.cli.arguments import (
     Dtype,
+    HostMemory,
     MaxNewTokens,
     MinP,
     ModelArgument,
@@ -19,6 +20,8 @@ from moesys.cli.arguments import (
     TopK,
     TopP,
     make_sampling,
+    report_plan,
+    report_traffic,
 )
 
 
@@ -34,30 +37,32 @@ def generate(
     seed: Seed = None,
     stop: StopStrings = None,
     dtype: Dtype = None,
+    host_memory: HostMemory = None,
 ) -> None:
     """Continue a text, written to the terminal as it comes.
 
     Example: `moesys generate runs/demo/export -p "def main():" -n 100 --temperature 0.7`
     """
-    from moesys.checkpoint import load_text_model
-    from moesys.inference import Engine, Stop
+    from moesys.inference import Stop, open_model
     from moesys.inference import generate as start_generation
 
     sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    loaded = load_text_model(model, dtype)
-    generation = start_generation(
-        Engine(loaded.decoder),
-        loaded.tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=Stop(stop or (), loaded.stop_ids),
-    )
-    sys.stdout.write(prompt)
-    for piece in generation:
-        sys.stdout.write(piece)
+    with open_model(model, dtype=dtype, host_memory=host_memory) as opened:
+        report_plan(opened)
+        generation = start_generation(
+            opened.engine,
+            opened.tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=Stop(stop or (), opened.stop_ids),
+        )
+        sys.stdout.write(prompt)
+        for piece in generation:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    assert generation.stats is not None
-    print(generation.stats.describe(), file=sys.stderr)
+        assert generation.stats is not None
+        print(generation.stats.describe(), file=sys.stderr)
+        report_traffic(opened)

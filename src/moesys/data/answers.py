@@ -1,9 +1,10 @@
 """Which tokens of a conversation the assistant writes: those, and only those, are learned.
 
-The idea: a conversation is tokenised as the model will see it, and an answer is what the model would have to write. It
-begins where the prompt that asks for it ends, and ends with the token that ends the turn; both come from rendering the
-conversation up to there, or from the template's own ``{% generation %}`` blocks. Where rendering a part does not give
-the beginning of the whole, nothing is guessed: that is an error. Knows nothing of files or sequences.
+The idea: a conversation is tokenised as the model will see it, and an answer is what the model would have to write.
+It begins where the prompt that asks for it ends, and ends with the token that ends the turn, or with the special
+token that begins the next one where no other does. Both come from rendering the conversation up to there, or from the
+template's own ``{% generation %}`` blocks. Where rendering a part does not give the beginning of the whole, nothing
+is guessed: that is an error. Knows nothing of files or sequences.
 """
 
 from __future__ import annotations
@@ -100,9 +101,7 @@ class AnswerTokenizer:
             answered_ids = self._encode_part(conversation.take(index + 1), is_prompt=False)
             start, shared = len(prompt_ids), _count_equal(answered_ids, whole_ids)
             end = self._find_end_of_turn(tokens, start, shared)
-            is_whole = shared == len(answered_ids) or (
-                end > start and whole_ids[end - 1] in self._special_ids
-            )
+            is_whole = shared == len(answered_ids) or (end > start and self._is_special(whole_ids[end - 1]))
             if whole_ids[:start] != prompt_ids or end <= start or not is_whole:
                 raise DataError(
                     f"{conversation.name}: message {index} (assistant) is not written as the model would have to write "
@@ -110,17 +109,26 @@ class AnswerTokenizer:
                     "set data.chat_answers=last to learn only the last answer of each conversation, give a template "
                     "with generation blocks (data.chat_template), or change the line"
                 )
+            if (
+                end < len(tokens)
+                and self._is_special(whole_ids[end])
+                and not self._is_special(whole_ids[end - 1])
+            ):
+                end += 1  # the next turn's first token is what ends this one, as for GLM
             is_target[start:end] = [True] * (end - start)
         return is_target
 
     def _find_end_of_turn(self, tokens: Sequence[TokenPlace], start: int, end: int) -> int:
         """Returns the place after the last special token before ``end``, where only white space follows it."""
         for place in range(end - 1, start - 1, -1):
-            if tokens[place].token_id in self._special_ids:
+            if self._is_special(tokens[place].token_id):
                 return place + 1
             if self._tokenizer.decode([tokens[place].token_id]).strip():
                 break
         return end
+
+    def _is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
 
     def _encode_part(self, conversation: Conversation, *, is_prompt: bool) -> list[int]:
         return self._guard.encode(self._render(conversation, is_prompt=is_prompt).text)
@@ -148,7 +156,7 @@ class AnswerTokenizer:
         """Counts the text of each run of targets, from the end of the token before it."""
         num_bytes, start = 0, 0
         for token, counts in zip(tokens, is_target, strict=True):
-            if counts and token.token_id not in self._special_ids:
+            if counts and not self._is_special(token.token_id):
                 num_bytes += len(self._guard.remove_marks(text[start : token.end]).encode())
             start = max(start, token.end)
         return num_bytes

@@ -159,6 +159,10 @@ class DecoderConfig:
                 f"every layer needs a mixer and a feed-forward record, got {len(self.mixers)} and "
                 f"{len(self.feed_forwards)}"
             )
+        if self.head_bias and self.tie_embeddings:
+            raise ShapeError(
+                "a head that is the embedding table (tie_embeddings) has no bias; drop head_bias"
+            )
 
     @property
     def num_layers(self) -> int:

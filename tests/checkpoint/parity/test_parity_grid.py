@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from family_keys import FAMILY_KEYS, VARIANT_KEYS, Keys
 from oracle import assert_same, compute_logits, load_theirs, make_theirs, make_tokens
 
+from family_keys import FAMILY_KEYS, VARIANT_KEYS, Keys
 from moesys.checkpoint import load_model, save_model
 from moesys.models import FAMILIES
 
@@ -61,7 +61,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     | {"sliding_window": [1, 7, 48]},
     "granitemoe": BIASES
     | {"num_key_value_heads": [1, 4], "embedding_multiplier": [1.0, 3.0], "logits_scaling": [1.0, 5.0]}
-    | {"residual_multiplier": [1.0, 0.3], "attention_multiplier": [1.0, 0.1]},
+    | {"residual_multiplier": [1.0, 0.3], "attention_multiplier": [0.2, 0.05]},
     "phimoe": BIASES
     | WINDOW
     | {"num_experts_per_tok": [2], "num_key_value_heads": [1, 4], "lm_head_bias": [True, False]}
@@ -77,12 +77,17 @@ def draw_keys(model_type: str, seed: int) -> Keys:
     generator = random.Random(seed)
     options = COMMON | OPTIONS[model_type]
     drawn = {key: generator.choice(values) for key, values in options.items()}
-    if drawn.get("n_group", 1) == 1:
-        drawn |= {"n_group": 1, "topk_group": 1} if "n_group" in drawn else {}
+    num_layers = drawn["num_hidden_layers"]
+    if drawn.get("n_group") == 1:
+        drawn["topk_group"] = 1
     if "first_k_dense_replace" in drawn:
-        drawn["first_k_dense_replace"] = min(drawn["first_k_dense_replace"], drawn["num_hidden_layers"] - 1)
-    if "decoder_sparse_step" in drawn and drawn["num_hidden_layers"] == 1:
-        drawn["decoder_sparse_step"] = 1
+        drawn["first_k_dense_replace"] = min(drawn["first_k_dense_replace"], num_layers - 1)
+    if "decoder_sparse_step" in drawn and (num_layers == 1 or drawn["mlp_only_layers"]):
+        drawn["decoder_sparse_step"] = 1  # at least one layer has experts
+    if drawn.get("use_sliding_window"):
+        drawn["sliding_window"] = drawn["sliding_window"] or 7
+    if drawn.get("lm_head_bias"):
+        drawn["tie_word_embeddings"] = False
     return FAMILY_KEYS[model_type] | drawn
 
 

@@ -35,13 +35,18 @@ FAMILIES: tuple[Family, ...] = (
 """In the order in which a layout is chosen for a model that has none yet."""
 
 
+_NUM_NAMED = 3
+
+
 def choose_family(config: DecoderConfig) -> Family:
-    """Returns the first layout that holds the model; raises `ModelFormatError` saying why each one does not."""
+    """Returns the first family that holds the model; raises `ModelFormatError` saying why the nearest ones do not."""
+    misfits = {family.model_type: family.find_misfits(config) for family in FAMILIES}
     for family in FAMILIES:
-        if not family.find_misfits(config):
+        if not misfits[family.model_type]:
             return family
-    reasons = "\n".join(f"  {f.model_type}: {'; '.join(f.find_misfits(config))}" for f in FAMILIES)
-    raise ModelFormatError(f"no Hugging Face layout holds this model:\n{reasons}")
+    nearest = sorted(FAMILIES, key=lambda f: (not f.has_keys_for(config), len(misfits[f.model_type])))
+    reasons = "\n".join(f"  {f.model_type}: {'; '.join(misfits[f.model_type])}" for f in nearest[:_NUM_NAMED])
+    raise ModelFormatError(f"no Hugging Face layout holds this model; the nearest are\n{reasons}")
 
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "choose_family"]

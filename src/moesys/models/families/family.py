@@ -64,6 +64,14 @@ class Family:
         others = [layout for layout in layouts if layout not in chosen]
         return replace(self, layout=replace(self.layout, moe=(*chosen, *others)))
 
+    def has_keys_for(self, config: DecoderConfig) -> bool:
+        """Whether the model's layers are of the kinds that the family has, be it with options that it has not."""
+        try:
+            self.write_config(config)
+        except ModelFormatError:
+            return False
+        return True
+
     def find_misfits(self, config: DecoderConfig) -> list[str]:
         """Returns why a model cannot be written as this family; empty when it can."""
         config = forget_training(config)
