@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesys.checkpoint import hf, load_model, save_model
+from moesys.checkpoint import load_model, save_model
+from moesys.checkpoint.model_files import INDEX_NAME
 from moesys.errors import ModelFormatError
 from moesys.models import (
     FAMILIES,
@@ -132,6 +133,12 @@ def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_quantisation_that_says_nothing_is_none(folder: Path, nothing: object) -> None:
+    edit_config(folder, quantization_config=nothing)
+    assert load_model(folder).config == make_decoder().config
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "bitsandbytes"])
 def test_quantisations_that_are_not_decoded_are_refused_by_name(folder: Path, method: str) -> None:
     edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
@@ -155,7 +162,7 @@ def test_quantisations_that_are_not_decoded_are_refused_by_name(folder: Path, me
         ({"dtype": ["float32"]}, ["dtype ['float32']"]),
         ({"hidden_size": KeyError}, ["lacks the key 'hidden_size' that a qwen3_moe needs"]),
         ({"num_attention_heads": 0, "head_dim": None}, ["config.json holds a value that no qwen3_moe has"]),
-        ({"num_key_value_heads": -1}, ["config.json describes no model"]),
+        ({"num_key_value_heads": -1}, ["num_kv_heads is -1, not above zero"]),
         ({"hidden_size": 10**30}, ["config.json describes no model"]),
         ({"num_hidden_layers": "two"}, ["config.json holds a value that no qwen3_moe has"]),
         ({"decoder_sparse_step": 0}, ["config.json holds a value that no qwen3_moe has"]),
@@ -269,7 +276,7 @@ def test_shards_load_and_a_missing_one_is_named(sharded: Path) -> None:
 def test_an_index_cannot_name_files_elsewhere(folder: Path, name: str) -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
-    (folder / hf.INDEX_NAME).write_text(json.dumps({"weight_map": {Q_PROJ: name}}))
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {Q_PROJ: name}}))
     assert_refused(folder, f"names the file {name!r}; shards must lie in its own folder")
 
 
@@ -285,8 +292,8 @@ def test_an_index_cannot_name_files_elsewhere(folder: Path, name: str) -> None:
     ],
 )
 def test_a_malformed_index_is_refused(folder: Path, contents: str, word: str) -> None:
-    (folder / hf.INDEX_NAME).write_text(contents)
-    assert_refused(folder, hf.INDEX_NAME, word)
+    (folder / INDEX_NAME).write_text(contents)
+    assert_refused(folder, INDEX_NAME, word)
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
@@ -297,9 +304,9 @@ def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
 
 
 def edit_index(folder: Path, name: str, file_name: str) -> None:
-    index = json.loads((folder / hf.INDEX_NAME).read_text())
+    index = json.loads((folder / INDEX_NAME).read_text())
     index["weight_map"][name] = file_name
-    (folder / hf.INDEX_NAME).write_text(json.dumps(index))
+    (folder / INDEX_NAME).write_text(json.dumps(index))
 
 
 def test_an_index_must_agree_with_its_shards(sharded: Path) -> None:
@@ -351,7 +358,7 @@ def test_a_layout_can_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_shards_are_no_larger_than_asked_unless_a_tensor_is(sharded: Path) -> None:
-    index = json.loads((sharded / hf.INDEX_NAME).read_text())
+    index = json.loads((sharded / INDEX_NAME).read_text())
     sizes = []
     for path in sharded.glob("*.safetensors"):
         tensors = load_file(path)

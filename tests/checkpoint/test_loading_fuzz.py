@@ -26,7 +26,8 @@ from small_checkpoints import DEEPSEEK, GPT_OSS, WEIGHTS, make_checkpoint, quant
 from torch import Tensor
 
 from moesys.checkpoint import load_model, save_model
-from moesys.checkpoint.hf import INDEX_NAME, find_family, read_config_file
+from moesys.checkpoint.hf import find_family, read_config_file
+from moesys.checkpoint.model_files import INDEX_NAME
 from moesys.errors import MoesysError
 from moesys.models import (
     AttentionConfig,

@@ -67,6 +67,19 @@ def test_a_worker_that_does_not_answer_is_replaced() -> None:
     assert sandbox.render("ok", {}).text == "ok"
 
 
+def test_an_interrupted_request_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = TemplateSandbox()
+
+    def interrupt(process: object) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sandbox, "_read_line", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.render("first", {})
+    assert sandbox.render("second", {}).text == "second"
+
+
 def test_a_rendering_costs_little(sandbox: TemplateSandbox) -> None:
     messages = [{"role": "user", "content": "a question of usual length"}] * 20
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -33,6 +35,14 @@ def draw(columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
     positions = torch.randperm(num_rows, generator=generator)
     offsets = torch.tensor([0, *COUNTS]).cumsum(0)
     return y_AD, torch.rand(num_rows, generator=generator), TokenSum(positions, offsets)
+
+
+@pytest.fixture
+def more_threads_than_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 * (os.cpu_count() or 1))
+    yield
+    torch.set_num_threads(before)
 
 
 def sum_in_loops(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
@@ -78,6 +88,25 @@ def test_rounding_to_bfloat16_is_that_of_torch() -> None:
     wide = y_AD.float()
     expected = torch.stack([wide[0], wide[0] + wide[1], wide[0] + wide[2]]).to(torch.bfloat16)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nan_stays_nan_whatever_its_bits() -> None:
+    """Rounding adds to the bits, and these would carry into the sign."""
+    weight_A = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    token_sum = TokenSum(torch.tensor([0]), torch.tensor([0, 1]))
+    assert sum_rows(torch.ones(1, 5).bfloat16(), weight_A, token_sum, Kernel.NATIVE).isnan().all()
+
+
+def test_a_sum_waits_for_the_rows_of_all_threads(more_threads_than_cores: None) -> None:
+    """One that is interrupted in the middle of its rows keeps the others waiting."""
+    case = make_case([[0, 1, 2, 3]], 4, hidden=4096, inner=64).to(torch.float32)
+    inside = [
+        compute_experts_summed(case.rows, case.view, case.weights_A, case.token_sum, kernel=Kernel.NATIVE)
+        for _ in range(100)
+    ]
+    y_AD = compute_experts(case.rows, case.view, kernel=Kernel.NATIVE)
+    expected = sum_rows(y_AD, case.weights_A, case.token_sum, Kernel.NATIVE)
+    assert all(torch.equal(found, expected) for found in inside)
 
 
 def test_a_row_alone_has_the_bits_of_one_among_many() -> None:

@@ -128,17 +128,27 @@ def test_a_tensor_of_another_shape_is_refused() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
-def test_layers_for_further_tokens_and_frequencies_are_ignored(model_type: str) -> None:
+def test_layers_for_further_tokens_are_ignored_with_computed_tensors(model_type: str) -> None:
     layout = BY_TYPE[model_type].layout
+    present = [
+        "model.layers.1.eh_proj.weight",
+        "model.layers.2.eh_proj.weight",
+        "model.layers.61.eh_proj.weight",
+    ]
     for name in (
         "model.layers.2.eh_proj.weight",
         "model.layers.61.mlp.gate.weight",
         "model.rotary_emb.inv_freq",
     ):
-        assert layout.ignores(name, 2)
-    for name in ("model.layers.1.eh_proj.weight", "lm_head.bias", "model.norm.weight"):
-        assert not layout.ignores(name, 2)
-    assert not BY_TYPE["llama"].layout.ignores("model.layers.2.mlp.up_proj.weight", 2)
+        assert layout.ignores(name, 2, present)
+    for name in (
+        "model.layers.1.eh_proj.weight",
+        "lm_head.bias",
+        "model.norm.weight",
+        "model.layers.3.norm.weight",
+    ):
+        assert not layout.ignores(name, 2, present)
+    assert not BY_TYPE["llama"].layout.ignores("model.layers.2.mlp.up_proj.weight", 2, present)
 
 
 @pytest.mark.parametrize(

@@ -346,3 +346,15 @@ def test_a_selection_bias_without_a_rate_stays_and_is_saved() -> None:
         saved = layer.state_dict()["router.selection_bias_E"]
         assert torch.equal(saved, torch.arange(6.0)) != moves
     assert MoELayer(HIDDEN, MoEConfig(NUM_EXPERTS, 2, 4)).router.selection_bias_E is None
+
+
+@pytest.mark.parametrize("weighting", [SparseMixer(0.01), Normalization.BEFORE])
+def test_a_softmax_of_logits_is_chosen_by_logits(weighting: SparseMixer | Normalization) -> None:
+    """A softmax over all experts makes equal zeros of those far behind the first."""
+    router = Router(1, 3, TopK(2), weighting=weighting)
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.tensor([[200.0], [50.0], [90.0]]))
+    routing = router(torch.ones(1, 1))
+    assert routing.expert_ids.tolist() == [0, 2]
+    if isinstance(weighting, SparseMixer):
+        torch.testing.assert_close(routing.weights, torch.ones(2))

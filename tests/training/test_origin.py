@@ -248,12 +248,16 @@ def test_a_chat_run_resumes_with_its_template_and_date(folder: Path, chats: Path
     assert (target / "chat_template.jinja").read_text().startswith("Day ")
 
 
-def test_the_date_decides_the_data(folder: Path, chats: Path, tmp_path: Path) -> None:
-    template = tmp_path / "mine.jinja"
+def test_the_date_decides_the_data(
+    folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    template = Path("mine.jinja")
     template.write_text("Day {{ strftime_now('%j') }}. " + TEMPLATE)
     more = ("data.format=chat", f'data.chat_template="{template}"')
     trainer = start(folder, chats, tmp_path / "run", *more, "data.chat_date=2025-01-31")
     assert trainer.data.tokenizer.decode(trainer.data.train.tokens[:8].tolist()).startswith("Day 031")
+    assert trainer.config.data.chat_template == str(tmp_path / "mine.jinja")
 
 
 @pytest.mark.parametrize(

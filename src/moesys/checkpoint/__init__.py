@@ -2,11 +2,12 @@
 
 from moesys.checkpoint.convert import ConvertedModel, convert_model
 from moesys.checkpoint.files import FileSystem, WrittenFile, replace_file, write_text_atomic
-from moesys.checkpoint.hf import ExportedWeights, load_model, save_model
+from moesys.checkpoint.hf import load_model
 from moesys.checkpoint.hub import ModelSource, resolve_model
 from moesys.checkpoint.inventory import Inventory, LayerExperts, ModelInventory, PartSize, read_inventory
 from moesys.checkpoint.layout import FolderLayout, read_layout
 from moesys.checkpoint.model_card import CurvePoint, ModelCard
+from moesys.checkpoint.model_writer import ExportedWeights, save_model
 from moesys.checkpoint.new_folder import require_new_folder, write_new_folder
 from moesys.checkpoint.nonfinite import NonFinite, WeightCheck, check_weights
 from moesys.checkpoint.offloaded import OffloadedWeights, open_offloaded

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from moesys.checkpoint.files import DEFAULT, FileSystem
-from moesys.checkpoint.hf import load_model, read_dtype, save_model
+from moesys.checkpoint.hf import load_model, read_dtype
 from moesys.checkpoint.layout import read_layout
+from moesys.checkpoint.model_writer import save_model
 from moesys.checkpoint.new_folder import require_new_folder, write_new_folder
 from moesys.checkpoint.storage_form import AS_PUBLISHED, StorageForm
 from moesys.checkpoint.verification import (

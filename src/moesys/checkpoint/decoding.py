@@ -21,40 +21,45 @@ _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 def decode_fp8(values: Tensor, factors: Tensor, block: tuple[int, int], first_row: int = 0) -> Tensor:
     """Returns (rows, columns) float32: each value times the factor of its block.
 
-    values:     (rows, columns) in float8, rows ``first_row`` and following of the first block.
+    values:     (rows, columns) in float8; the first of them is row ``first_row`` of its block.
     factors:    (block rows, block columns): float32, bfloat16, or exponents as `decode_exponents` takes them.
     block:      rows and columns of a block; the blocks at the ends may be partial.
     """
     rows, columns = values.shape
     factors = decode_exponents(factors) if factors.dtype in _EXPONENT_DTYPES else factors.float()
-    row_ids = torch.arange(first_row, first_row + rows) // block[0]
-    column_ids = torch.arange(columns) // block[1]
-    spread = factors.index_select(1, column_ids)
-    return values.float().mul_(spread.index_select(0, row_ids))
+    spread = factors.index_select(1, torch.arange(columns) // block[1])
+    decoded = torch.take(_E4M3_VALUES, values.view(torch.uint8).long())
+    end = block[0] - first_row
+    for start, factors_of_row in zip((0, *range(end, rows, block[0])), spread, strict=True):
+        decoded[start:end].mul_(factors_of_row)
+        end += block[0]
+    return decoded
 
 
 def decode_exponents(exponents: Tensor) -> Tensor:
     """Returns 2^(byte - 127) as float32 of E8M0 exponents, in uint8 or float8_e8m0fnu; 255 is NaN."""
-    ids = exponents.contiguous().view(torch.uint8).flatten().int()
-    return _E8M0_VALUES.index_select(0, ids).view(exponents.shape)
+    ids = exponents.contiguous().view(torch.uint8).long()
+    return torch.take(_E8M0_VALUES, ids)
 
 
 def decode_mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
-    """Returns (groups * 32,) float32 of (groups, 16) bytes and (groups,) E8M0 exponents, both uint8.
+    """Returns (groups * 32,) bfloat16, which holds them exactly, of (groups, 16) bytes and (groups,) E8M0 exponents.
 
     A byte holds two 4-bit floats (OCP Microscaling Formats 1.0, E2M1), the earlier element in the low half.
     """
-    pairs = _MXFP4_PAIRS.index_select(0, blocks.flatten().int())
-    return pairs.view(-1, MXFP4_GROUP).mul_(decode_exponents(exponents).view(-1, 1)).flatten()
+    pairs = torch.take(_MXFP4_PAIRS, blocks.flatten().long()).view(torch.bfloat16)
+    factors = decode_exponents(exponents).to(torch.bfloat16)
+    return pairs.view(-1, MXFP4_GROUP).mul_(factors.view(-1, 1)).flatten()
 
 
 def _make_mxfp4_pairs() -> Tensor:
-    """Returns (256, 2): the two values of every byte."""
-    signed = torch.tensor([*_E2M1_VALUES, *(-value for value in _E2M1_VALUES)])
+    """Returns (256,) int32: the two values of every byte, in bfloat16, as one word."""
+    signed = torch.tensor([*_E2M1_VALUES, *(-value for value in _E2M1_VALUES)], dtype=torch.bfloat16)
     byte = torch.arange(256)
-    return torch.stack([signed[byte & 15], signed[byte >> 4]], dim=1)
+    return torch.stack([signed[byte & 15], signed[byte >> 4]], dim=1).view(torch.int32).flatten()
 
 
+_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 _E8M0_VALUES = torch.tensor([2.0 ** (byte - _E8M0_BIAS) for byte in range(255)] + [math.nan])
 _EXPONENT_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 _MXFP4_PAIRS = _make_mxfp4_pairs()

@@ -1,27 +1,23 @@
-"""Model folders in Hugging Face layout: from a folder to our decoder, and back.
+"""Model folders in Hugging Face layout, read into our decoder.
 
-Reading checks names and shapes against the headers of the files before any weight has memory, then streams every
-tensor into its place; writing streams the same views into safetensors shards. Peak memory is the model and some tens of
-MiB. No code from a checkpoint is ever run, and what a folder says is believed only where nothing contradicts it.
+Names and shapes are checked against the headers of the files before any weight has memory; then every tensor is
+streamed into its place. Peak memory is the model and some tens of MiB. No code from a checkpoint is ever run, and what
+a folder says is believed only where nothing contradicts it.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moesys.checkpoint.files import DEFAULT, FileSystem, WrittenFile
 from moesys.checkpoint.model_files import (
-    INDEX_NAME,
-    SINGLE_NAME,
     FileTensor,
     describe_problems,
     have_equal_bytes,
@@ -30,8 +26,6 @@ from moesys.checkpoint.model_files import (
 )
 from moesys.checkpoint.name_pattern import summarise_names
 from moesys.checkpoint.quantization import QUANTIZATION_KEY, Fp8Blocks, read_fp8_blocks
-from moesys.checkpoint.safetensors_file import record_tensor, write_chunks
-from moesys.checkpoint.stored_chunks import iterate_chunks
 from moesys.checkpoint.streaming import stream
 from moesys.checkpoint.tensor_source import TensorSource, find_source, list_expected
 from moesys.checkpoint.weight_memory import allocate_weight
@@ -42,25 +36,13 @@ from moesys.models import (
     Decoder,
     DecoderConfig,
     Family,
-    StoredTensor,
-    choose_family,
     make_skeleton,
 )
 from moesys.moe import Router
 
-DEFAULT_SHARD_BYTES = 2 * 2**30
-
 _MAX_LAYERS = 10_000
 _EMBEDDING_NAME = "model.embed_tokens.weight"
 _HEAD_NAME = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class ExportedWeights:
-    """What was written: the layout's name and each file's size and digest."""
-
-    family: Family
-    files: dict[str, WrittenFile]
 
 
 def load_model(
@@ -83,51 +65,13 @@ def load_model(
     with open_model_files(folder) as tensors:
         check_num_layers(keys, tensors)
         config = read_decoder_config(folder / "config.json", family, keys)
-        config, tensors = _resolve_head(config, tensors)
+        config, tensors = resolve_head(config, tensors)
         model = build_on_meta(folder, family, config, tensors)
         find_sources(folder, family, model, tensors, fp8)
         _materialise(model, dtype or read_dtype(keys))
         sources = find_sources(folder, family, model, tensors, fp8)
-        _stream_sources(sources, on_progress)
+        stream_sources(sources, on_progress)
     return model.eval().requires_grad_(False)
-
-
-def save_model(
-    model: Decoder,
-    folder: Path,
-    dtype: torch.dtype,
-    extra_config: Mapping[str, Any],
-    files: FileSystem = DEFAULT,
-    *,
-    family: Family | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> ExportedWeights:
-    """Writes ``config.json`` and the weights of a model as ``dtype`` into an existing folder.
-
-    extra_config: further keys of ``config.json``, such as token ids. family: whose layout is written; None takes the
-    first that holds the model. max_shard_bytes: of the weights in one file, unless a single tensor is larger. Raises
-    `ModelFormatError` when no layout holds the model, or the one asked for does not.
-    """
-    family = _choose_family(model.config, family)
-    shards = _plan_shards(family.list_tensors(model), dtype, max_shard_bytes)
-    names = [SINGLE_NAME] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
-    ]  # fmt: skip
-    written = {
-        name: _write_shard(folder / name, shard, dtype, files)
-        for name, shard in zip(names, shards, strict=True)
-    }
-    if len(shards) > 1:
-        written[INDEX_NAME] = _write_index(folder, names, shards, dtype, files)
-    keys = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "dtype": str(dtype).removeprefix("torch."),
-        **family.write_config(model.config),
-        **extra_config,
-    }
-    written["config.json"] = _write_json(folder / "config.json", keys, files)
-    return ExportedWeights(family, written)
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -176,7 +120,7 @@ def read_decoder_config(path: Path, family: Family, keys: Mapping[str, Any]) -> 
     if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:
         raise ModelFormatError(f"{path} asks for {num_layers} layers; no model has more than {_MAX_LAYERS}")
     try:
-        return family.read_config(keys)
+        return family.read(keys)
     except MoesysError:
         raise
     except KeyError as error:
@@ -194,7 +138,7 @@ def check_num_layers(keys: Mapping[str, Any], tensors: Collection[str]) -> None:
         )
 
 
-def _resolve_head(
+def resolve_head(
     config: DecoderConfig, tensors: Mapping[str, FileTensor]
 ) -> tuple[DecoderConfig, Mapping[str, FileTensor]]:
     """Follows the files where ``tie_word_embeddings`` says that there is one table and they hold another thing.
@@ -265,7 +209,9 @@ def find_sources(
         used.update(expected)
         missing += [f"{name} {shape}" for name, shape in expected.items() if name not in tensors]
     surplus = [
-        name for name in tensors.keys() - used if not family.layout.ignores(name, model.config.num_layers)
+        name
+        for name in tensors.keys() - used
+        if not family.layout.ignores(name, model.config.num_layers, tensors.keys())
     ]
     problems = [f"missing: {names}" for names in summarise_names(missing)]
     problems += [f"not expected: {names}" for names in summarise_names(surplus)]
@@ -281,7 +227,7 @@ def find_sources(
     return sources
 
 
-def _stream_sources(sources: list[TensorSource], on_progress: Callable[[int, int], None]) -> None:
+def stream_sources(sources: list[TensorSource], on_progress: Callable[[int, int], None]) -> None:
     def first_span(source: TensorSource) -> tuple[str, int]:
         span = next(iter(source.tensors.values())).span
         return span.path.name, span.offset
@@ -319,67 +265,3 @@ def _materialise(model: Decoder, dtype: torch.dtype) -> None:
             setattr(module, name, torch.nn.Parameter(memory, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-
-
-def _choose_family(config: DecoderConfig, wanted: Family | None) -> Family:
-    if wanted is None:
-        return choose_family(config)
-    if misfits := wanted.find_misfits(config):
-        raise ModelFormatError(
-            f"the layout {wanted.model_type} does not hold this model: {'; '.join(misfits)}"
-        )
-    return wanted
-
-
-def _plan_shards(
-    tensors: list[StoredTensor], dtype: torch.dtype, max_shard_bytes: int
-) -> list[dict[str, StoredTensor]]:
-    shards: list[dict[str, StoredTensor]] = [{}]
-    shard_bytes = 0
-    for stored in tensors:
-        num_bytes = stored.view.numel() * (stored.dtype or dtype).itemsize
-        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
-            shards.append({})
-            shard_bytes = 0
-        shards[-1][stored.name] = stored
-        shard_bytes += num_bytes
-    return shards
-
-
-def _write_shard(
-    path: Path, shard: Mapping[str, StoredTensor], dtype: torch.dtype, files: FileSystem
-) -> WrittenFile:
-    records = {}
-    for name, stored in shard.items():
-        record = record_tensor(name, stored.view, (stored.dtype or dtype))
-        records[name] = replace(record, shape=stored.shape)
-    return write_chunks(
-        path,
-        records,
-        lambda name: iterate_chunks(shard[name], records[name].torch_dtype),
-        metadata={"format": "pt"},
-        files=files,
-    )
-
-
-def _write_index(
-    folder: Path,
-    names: list[str],
-    shards: list[dict[str, StoredTensor]],
-    dtype: torch.dtype,
-    files: FileSystem,
-) -> WrittenFile:
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(
-        stored.view.numel() * (stored.dtype or dtype).itemsize
-        for shard in shards
-        for stored in shard.values()
-    )
-    return _write_json(
-        folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}, files
-    )
-
-
-def _write_json(path: Path, value: Mapping[str, Any], files: FileSystem) -> WrittenFile:
-    contents = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-    return files.write_new_file(path, [contents], len(contents))

@@ -7,6 +7,7 @@ two they believe.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 
@@ -39,7 +40,6 @@ def _refuse_constant(name: str) -> None:
 def _collect_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     collected = dict(pairs)
     if len(collected) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in collected if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"its JSON has the name {twice!r} twice in one object")
     return collected

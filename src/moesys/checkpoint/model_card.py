@@ -41,7 +41,7 @@ class ModelCard:
             "Layers": f"{c.num_layers}, of which {len(c.moe_layer_ids)} with experts",
             "Hidden size": str(c.hidden_size),
             "Vocabulary": str(c.vocab_size),
-            "Context": f"{c.max_positions} tokens",
+            "Context": f"{c.position_limit} tokens",
             "Data": f"`{self.data_source}`",
             "Trained with": f"moesys {self.environment.get('moesys')}, revision {self.environment.get('git_revision')}",
         }

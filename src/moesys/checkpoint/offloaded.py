@@ -43,7 +43,7 @@ def open_offloaded(folder: Path) -> Iterator[OffloadedWeights]:
     keys = hf.read_config_file(folder)
     family, fp8 = hf.find_family(keys), read_fp8_blocks(keys)
     with open_model_files(folder) as tensors:
-        config, tensors = hf._resolve_head(
+        config, tensors = hf.resolve_head(
             hf.read_decoder_config(folder / "config.json", family, keys), tensors
         )
         model = hf.build_on_meta(folder, family, config, tensors)
@@ -55,7 +55,7 @@ def open_offloaded(folder: Path) -> Iterator[OffloadedWeights]:
         (dtype,) = {shape.dtype for shapes in experts.shapes.values() for shape in shapes}
         _materialise_resident(model, dtype)
         sources = hf.find_sources(folder, family, model, tensors, fp8)
-        hf._stream_sources(
+        hf.stream_sources(
             [source for source in sources if not is_of_experts(source, model)], lambda done, total: None
         )
         resident = [p for p in (*model.parameters(), *model.buffers()) if p.device.type != "meta"]

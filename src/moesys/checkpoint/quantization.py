@@ -34,7 +34,7 @@ def read_fp8_blocks(keys: Mapping[str, Any]) -> Fp8Blocks | None:
     None where it says that it has none; MXFP4 tensors need no more than their names. Raises `ModelFormatError` for a
     format that moesys does not decode.
     """
-    found = keys.get(QUANTIZATION_KEY)
+    found = keys.get(QUANTIZATION_KEY) or None
     match found:
         case None | {"quant_method": "mxfp4"}:
             return None

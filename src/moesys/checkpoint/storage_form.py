@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesys.checkpoint.hf import DEFAULT_SHARD_BYTES
+from moesys.checkpoint.model_writer import DEFAULT_SHARD_BYTES
 from moesys.models import DecoderConfig, ExpertStorage, Family, choose_family
 
 

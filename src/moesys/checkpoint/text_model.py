@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,20 @@ def read_text_tools(folder: Path) -> TextTools:
     return TextTools(folder, tokenizer, _read_stop_ids(folder, config) | {tokenizer.end_of_text_id})
 
 
-def load_text_model(folder: Path, dtype: str | None = None) -> TextModel:
-    """Loads a Hugging Face folder. dtype: ``fp32``, ``bf16`` or None for the stored one.
+def load_text_model(
+    folder: Path,
+    dtype: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TextModel:
+    """Loads a Hugging Face folder.
+
+    dtype: ``fp32``, ``bf16`` or None for the stored one. ``on_progress`` gets (bytes read, bytes to read).
 
     Raises `ModelFormatError` or `DataError`.
     """
     weights_dtype = None if dtype is None else parse_dtype(dtype)
     tools = read_text_tools(folder)
-    decoder = load_model(folder, weights_dtype)
+    decoder = load_model(folder, weights_dtype, on_progress)
     tools.require_fit(decoder.config.vocab_size)
     return TextModel(decoder, tools.tokenizer, tools.stop_ids)
 

@@ -46,6 +46,7 @@ def evaluate(
     from dataclasses import asdict
 
     from moesys.checkpoint import load_text_model
+    from moesys.cli.progress import show_bytes
     from moesys.config import build_config
     from moesys.env import read_cache_dir
     from moesys.training import evaluate_text
@@ -56,7 +57,8 @@ def evaluate(
     source = build_config({"data": {key: value for key, value in options.items() if value is not None}}).data
     if data == "stdlib" and heldout_fraction is None:
         heldout_fraction = source.heldout_fraction
-    loaded = load_text_model(model, dtype)
+    with show_bytes("loading") as on_progress:
+        loaded = load_text_model(model, dtype, on_progress)
     evaluation = evaluate_text(
         loaded.decoder, loaded.tokenizer, source, heldout_fraction, stride, max_tokens, read_cache_dir()
     )

@@ -80,10 +80,12 @@ class TemplateSandbox:
             answer = self._read_line(process)
         except BrokenPipeError:
             answer = b""
+        except BaseException:
+            self._replace()  # or the next request would get this one's answer
+            raise
         if answer.endswith(b"\n"):
             return json.loads(answer)
-        self._stop()
-        self._process = self._start()
+        self._replace()
         return {"error": f"it was stopped: it took more than {self._limits.cpu_s} seconds, recursed too deeply or "
                          "broke its process"}  # fmt: skip
 
@@ -102,6 +104,10 @@ class TemplateSandbox:
             if not pieces[-1]:
                 break
         return b"".join(pieces)
+
+    def _replace(self) -> None:
+        self._stop()
+        self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         limits = {name: getattr(self._limits, name) for name in ("cpu_s", "memory_bytes", "max_chars")}

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from threading import Lock
 
 from moesys import env
 from moesys.errors import KernelError
@@ -46,6 +47,9 @@ FindObstacle = Callable[[], Obstacle | None]
 """Returns why an implementation cannot take the call at hand; None when it can."""
 
 _ambient: ContextVar[Kernel] = ContextVar("moesys_kernel", default=Kernel.AUTO)
+_in_force: tuple[Kernel, ...] = ()
+"""What `use_kernel` asks for now, in all threads: ``torch.compile`` can guard this, and no context variable."""
+_in_force_lock = Lock()
 
 
 def use_kernel(kernel: Kernel) -> AbstractContextManager[None]:
@@ -59,11 +63,17 @@ def use_kernel(kernel: Kernel) -> AbstractContextManager[None]:
 
 @contextmanager
 def _set_ambient(kernel: Kernel) -> Iterator[None]:
+    global _in_force
+    with _in_force_lock:
+        _in_force = (*_in_force, kernel)
     token = _ambient.set(kernel)
     try:
         yield
     finally:
         _ambient.reset(token)
+        with _in_force_lock:
+            position = _in_force.index(kernel)
+            _in_force = _in_force[:position] + _in_force[position + 1 :]
 
 
 def choose_kernel(operator: str, asked: Kernel, obstacles: Mapping[Kernel, FindObstacle]) -> Kernel:
@@ -95,6 +105,12 @@ def read_wish() -> Kernel:
         return Kernel(name)
     except ValueError:
         raise KernelError(f"MOESYS_KERNEL is '{name}'; valid values are {', '.join(Kernel)}") from None
+
+
+def is_torch_certain() -> bool:
+    """Whether `read_wish` gives ``torch`` or ``auto`` in every thread, answered without a look at this one's. For code
+    that ``torch.compile`` captures: a graph made after a yes is guarded by it, where `read_wish` breaks the graph."""
+    return all(wish in ("auto", "torch") for wish in (env.read_kernel(), *_in_force))
 
 
 def _choose_fastest(operator: str, obstacles: Mapping[Kernel, FindObstacle]) -> Kernel:

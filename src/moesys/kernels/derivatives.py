@@ -18,14 +18,14 @@ def is_watched(value: object) -> bool:
 
 def is_transformed(*values: object) -> bool:
     """Whether one of the values carries a tangent (`torch.autograd.forward_ad`), or a transform of `torch.func` such as
-    ``vmap`` or ``jvp`` runs. Neither is switched off by ``torch.no_grad``. In ``torch.compile``, which captures such
-    transforms itself, the answer is no."""
-    if torch.compiler.is_compiling():
-        return False
+    ``vmap`` or ``jvp`` runs. Neither is switched off by ``torch.no_grad``. In ``torch.compile``, where tangents are not
+    known yet, a level of forward_ad is enough for a yes."""
     if torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:
         return False
-    return any(
-        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
-    )
+    return torch.compiler.is_compiling() or any(_has_tangent(value) for value in values)
+
+
+def _has_tangent(value: object) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None

@@ -174,9 +174,11 @@ class DecoderConfig:
 
     @property
     def position_limit(self) -> int:
-        """Tokens of a sequence: ``max_positions``, or less where a rotary embedding ends sooner."""
+        """Tokens of a sequence: ``max_positions``, or what the rotary embeddings are scaled to or end at."""
         limits = [mixer.rope.max_positions for mixer in self.mixers]
-        return min([self.max_positions, *(limit for limit in limits if limit is not None)])
+        scaled = [mixer.rope.scaled_positions or 0 for mixer in self.mixers]
+        longest = max([self.max_positions, *scaled])
+        return min([longest, *(limit for limit in limits if limit is not None)])
 
     @property
     def num_matmul_parameters_per_token(self) -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moesys.models.attention import Attention
@@ -28,7 +29,7 @@ class ExpertStorage(StrEnum):
     STACKED = "stacked"
 
 
-class ExpertLayout(Protocol):
+class StoredExperts(Protocol):
     """One way to store the experts of a layer. Implementations are frozen records."""
 
     @property
@@ -54,16 +55,16 @@ class SeparateExperts:
 
     @property
     def storage(self) -> ExpertStorage:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         return ExpertStorage.SEPARATE
 
     @property
     def probe(self) -> str:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         return f"experts.0.{self.gate}.weight"
 
     def list_tensors(self, bank: ExpertBank) -> Iterator[StoredTensor]:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         for expert_id in range(bank.down_EDF.shape[0]):
             gate_FD, up_FD = bank.gate_up_EFD[expert_id].chunk(2)
             matrices = {self.gate: gate_FD, self.up: up_FD, self.down: bank.down_EDF[expert_id]}
@@ -80,16 +81,16 @@ class StackedExperts:
 
     @property
     def storage(self) -> ExpertStorage:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         return ExpertStorage.STACKED
 
     @property
     def probe(self) -> str:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         return self.gate_up
 
     def list_tensors(self, bank: ExpertBank) -> Iterator[StoredTensor]:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         yield _store(self.gate_up, bank.gate_up_EFD)
         yield _store(self.down, bank.down_EDF)
 
@@ -105,16 +106,16 @@ class InterleavedExperts:
 
     @property
     def storage(self) -> ExpertStorage:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         return ExpertStorage.STACKED
 
     @property
     def probe(self) -> str:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         return "experts.gate_up_proj" + ("_blocks" if self.encoding is Encoding.MXFP4 else "")
 
     def list_tensors(self, bank: ExpertBank) -> Iterator[StoredTensor]:
-        """See `ExpertLayout`."""
+        """See `StoredExperts`."""
         assert bank.gate_up_bias_EF is not None
         assert bank.down_bias_ED is not None
         num_experts, width, hidden = bank.gate_up_EFD.shape
@@ -139,15 +140,17 @@ class MoELayout:
 
     router_bias, selection_bias:   of the router, where it has them.
     shared, shared_gate:           prefix of the shared expert, and its gate.
+    router_dtype:                  as which router and selection bias are written; None for the model's.
     """
 
     prefix: str
-    experts: ExpertLayout
+    experts: StoredExperts
     router: str = "gate.weight"
     router_bias: str = "router.bias"
     selection_bias: str = "gate.e_score_correction_bias"
     shared: str = "shared_expert"
     shared_gate: str = "shared_expert_gate.weight"
+    router_dtype: torch.dtype | None = None
 
     def list_tensors(self, layer: MoELayer) -> Iterator[StoredTensor]:
         """Yields the tensors of a layer, named from the block on."""
@@ -156,11 +159,12 @@ class MoELayout:
 
     def _list_unprefixed(self, layer: MoELayer) -> Iterator[StoredTensor]:
         router = layer.router
-        yield _store(self.router, router.weight_ED)
+        yield replace(_store(self.router, router.weight_ED), dtype=self.router_dtype)
         if router.bias_E is not None:
             yield _store(self.router_bias, router.bias_E)
         if router.selection_bias_E is not None:
-            yield _store(self.selection_bias, router.selection_bias_E)
+            bias = _store(self.selection_bias, router.selection_bias_E)
+            yield replace(bias, dtype=self.router_dtype)
         assert isinstance(layer.experts, ExpertBank)
         yield from self.experts.list_tensors(layer.experts)
         if layer.shared_expert is not None:
@@ -175,19 +179,25 @@ class Layout:
 
     moe:  ways to store a MoE layer; the first is written, a checkpoint's own names decide which is read. Empty for a
           family without MoE layers.
-    may_hold_more_layers:  whether checkpoints hold layers behind the model's last, such as those that predict further
-                           tokens, which are not read.
+    may_predict_further:  whether checkpoints may hold, behind the model's last layer, layers that predict further
+                          tokens, which are not read.
     """
 
     moe: tuple[MoELayout, ...] = ()
-    may_hold_more_layers: bool = False
+    may_predict_further: bool = False
 
-    def ignores(self, name: str, num_layers: int) -> bool:
-        """Whether a checkpoint may hold this tensor and the model not: computed ones, and further layers."""
+    def ignores(self, name: str, num_layers: int, present: Collection[str]) -> bool:
+        """Whether a checkpoint may hold this tensor and the model not: one that is computed from the config, or one of a
+        layer that predicts further tokens, which is known by the projection that only such a layer has.
+
+        present: all names in the checkpoint.
+        """
         if name.endswith("rotary_emb.inv_freq"):
             return True
-        found = re.match(r"model\.layers\.(\d+)\.", name)
-        return self.may_hold_more_layers and found is not None and int(found[1]) >= num_layers
+        found = re.match(r"(model\.layers\.(\d+))\.", name)
+        if not self.may_predict_further or found is None or int(found[2]) < num_layers:
+            return False
+        return f"{found[1]}.eh_proj.weight" in present
 
     def list_tensors(self, model: Decoder, present: Collection[str] = ()) -> Iterator[StoredTensor]:
         """Yields every tensor of the checkpoint.

@@ -115,6 +115,14 @@ class RopeConfig:
                     )
 
     @property
+    def scaled_positions(self) -> int | None:
+        """Positions that YaRN stretches the original context to, which config files often leave as it was; None
+        without YaRN."""
+        if not isinstance(self.scaling, YarnScaling):
+            return None
+        return round(self.scaling.original_positions * self.scaling.factor)
+
+    @property
     def max_positions(self) -> int | None:
         """Positions beyond which the angles are not defined here; None without such a limit."""
         return self.scaling.original_positions if isinstance(self.scaling, LongRopeScaling) else None

@@ -16,7 +16,7 @@ from moesys.moe.config import MoEConfig
 from moesys.moe.routing import Routing
 from moesys.moe.score import Score, compute_distribution, compute_scores
 from moesys.moe.selection import Selection, TopK, require_unbiased_threshold
-from moesys.moe.weighting import Normalization, Weighting, compute_weights
+from moesys.moe.weighting import Normalization, SparseMixer, Weighting, compute_weights
 
 
 class Router(nn.Module):
@@ -97,7 +97,7 @@ class Router(nn.Module):
             )
         scores_TE = compute_scores(logits_TE, self.score)
         if given is None:
-            given = self._choose(scores_TE.detach(), top_k)
+            given = self._choose(logits_TE.detach(), scores_TE.detach(), top_k)
         elif given.num_tokens != x_TD.shape[0]:
             raise RoutingError(
                 f"the given choice is of {given.num_tokens} tokens, x has {x_TD.shape[0]}; give each token its experts"
@@ -113,8 +113,13 @@ class Router(nn.Module):
             scores_TE=compute_distribution(scores_TE, self.score),
         )
 
-    def _choose(self, scores_TE: Tensor, top_k: int | None) -> Choice:
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int | None) -> Choice:
+        """Chooses by scores. Weights that are a softmax of logits are chosen by logits, of which a softmax over all experts
+        would make equal zeros where one of them is far ahead."""
         selection = self.selection
+        by_logits = self.weighting is Normalization.BEFORE or isinstance(self.weighting, SparseMixer)
+        if by_logits and isinstance(selection, TopK) and self.selection_bias_E is None:
+            scores_TE = logits_TE
         if top_k is not None and top_k != selection.k:
             selection = selection.with_k(top_k)
             selection.require_possible(self.num_experts)

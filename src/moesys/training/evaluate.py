@@ -74,7 +74,7 @@ def evaluate_text(
     heldout_fraction: score only the documents that training with this fraction holds out; None scores all.
     stride: tokens by which windows advance, None for half the context. max_tokens: None scores everything.
     """
-    length = model.config.max_positions
+    length = model.config.position_limit
     packed = pack_source(data, tokenizer, heldout_fraction, cache_dir)
     heldout = heldout_windows(packed, length, max(1, length // 2) if stride is None else stride, max_tokens)
     return evaluate(model, heldout, model.make_resident_execution(), _CHUNK_TOKENS)

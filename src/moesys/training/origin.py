@@ -80,9 +80,9 @@ class Origin:
                 f"the tokenizer in {self.folder} has {tokenizer.vocab_size} tokens, the model embeds "
                 f"{decoder.vocab_size}; they do not belong together"
             )
-        if config.data.sequence_length > decoder.max_positions:
+        if config.data.sequence_length > decoder.position_limit:
             raise ConfigError(
-                f"data.sequence_length ({config.data.sequence_length}) must not exceed the {decoder.max_positions} "
+                f"data.sequence_length ({config.data.sequence_length}) must not exceed the {decoder.position_limit} "
                 f"positions that {config.model.init} was made for; lower it"
             )
         self._require_effects(config)

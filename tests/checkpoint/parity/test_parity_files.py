@@ -143,7 +143,8 @@ def test_layers_that_predict_further_tokens_are_left_out(
     tensors = load_file(tmp_path / "model.safetensors")
     further = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.1.")}
     tensors |= {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in further.items()}
-    tensors |= {f"model.layers.2.{name}.weight": torch.ones(32) for name in ("enorm", "shared_head.norm")}
+    for name in ("enorm", "eh_proj", "shared_head.norm"):
+        tensors[f"model.layers.2.{name}.weight"] = torch.ones(32)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert_same_weights(load_model(tmp_path), checkpoint.ours)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.kernels.choice import Kernel
-from moesys.kernels.derivatives import is_watched
+from moesys.kernels.choice import Kernel, is_torch_certain
+from moesys.kernels.derivatives import is_transformed, is_watched
 from moesys.kernels.formats import Int8Weight
 from moesys.kernels.linear import torch_product
 from moesys.kernels.linear.implementations import compute_linear
@@ -34,10 +34,10 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, kernel: Kernel
 
 def _trace(x: Tensor, weight: Weight, bias: Tensor | None, kernel: Kernel) -> Tensor:
     """Puts the product into the graph that is being captured."""
-    needs_gradient = any(is_watched(value) for value in (x, weight, bias))
-    if x.device.type == "cpu" and not needs_gradient and not _autocasts(x):
+    is_derived = is_transformed(x, weight, bias) or any(is_watched(value) for value in (x, weight, bias))
+    if x.device.type == "cpu" and not is_derived and not _autocasts(x):
         return call_linear(x, weight, bias, kernel)
-    if kernel is Kernel.AUTO:
+    if kernel is Kernel.TORCH or (kernel is Kernel.AUTO and is_torch_certain()):
         return torch_product.linear(x, weight, bias)
     return compute_linear(x, weight, bias, kernel)
 

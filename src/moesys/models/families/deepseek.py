@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from moesys.errors import ModelFormatError
 from moesys.models.config import DecoderConfig, DenseConfig, LatentAttentionConfig, QKNorm
 from moesys.models.families.family import Family, require
@@ -175,11 +177,9 @@ def _write_v3(config: DecoderConfig) -> dict[str, Any]:
 
 def _read_glm4_moe(keys: Keys) -> DecoderConfig:
     head_dim = read_head_dim(keys)
-    parameters = keys.get("rope_parameters") or {}
-    share = parameters.get("partial_rotary_factor", keys.get("partial_rotary_factor", 0.5))
     attention = read_attention(
         keys,
-        read_rope(keys, int(head_dim * share)),
+        read_rope(keys, head_dim, share=0.5),
         qk_norm=QKNorm.PER_HEAD if keys.get("use_qk_norm") else QKNorm.NONE,
         qkv_bias=keys.get("attention_bias", False),
     )
@@ -204,10 +204,10 @@ def _write_glm4_moe(config: DecoderConfig) -> dict[str, Any]:
 
 _LAYOUT = Layout(
     (
-        MoELayout("mlp", SeparateExperts(), shared="shared_experts"),
-        MoELayout("mlp", StackedExperts(), shared="shared_experts"),
+        MoELayout("mlp", SeparateExperts(), shared="shared_experts", router_dtype=torch.float32),
+        MoELayout("mlp", StackedExperts(), shared="shared_experts", router_dtype=torch.float32),
     ),
-    may_hold_more_layers=True,
+    may_predict_further=True,
 )
 
 DEEPSEEK_V2 = Family(

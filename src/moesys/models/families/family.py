@@ -13,6 +13,7 @@ from typing import Any
 from moesys.errors import ModelFormatError, MoesysError
 from moesys.models.config import AttentionConfig, DecoderConfig, DenseConfig, LatentAttentionConfig
 from moesys.models.decoder import Decoder
+from moesys.models.families.soundness import require_sound
 from moesys.models.layout import ExpertStorage, Layout
 from moesys.models.stored import StoredTensor
 from moesys.moe import MoEConfig
@@ -43,6 +44,15 @@ class Family:
     def model_type(self) -> str:
         """The name that is written."""
         return self.model_types[0]
+
+    def read(self, keys: Mapping[str, Any]) -> DecoderConfig:
+        """Returns the decoder that the keys of a ``config.json`` describe.
+
+        Raises `KeyError` for a missing key, and `ModelFormatError` for a value that is not supported or cannot be meant.
+        """
+        config = self.read_config(keys)
+        require_sound(config)
+        return config
 
     def list_tensors(self, model: Decoder, present: Collection[str] = ()) -> list[StoredTensor]:
         """Returns every tensor of the checkpoint with its place in the model.

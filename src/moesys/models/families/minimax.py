@@ -46,10 +46,7 @@ def _read_minimax_m2(keys: Keys) -> DecoderConfig:
         selection_bias=True,
     )
     head_dim = read_head_dim(keys)
-    parameters = keys.get("rope_parameters") or {}
-    default = keys.get("rotary_dim", head_dim) / head_dim
-    share = parameters.get("partial_rotary_factor", keys.get("partial_rotary_factor", default))
-    rope = read_rope(keys, int(head_dim * share), theta=5e6)
+    rope = read_rope(keys, head_dim, share=keys.get("rotary_dim", head_dim) / head_dim, theta=5e6)
     attention = read_attention(keys, rope, qk_norm=QKNorm.WHOLE)
     return read_decoder(keys, repeat(attention, keys), (moe,) * keys["num_hidden_layers"])
 

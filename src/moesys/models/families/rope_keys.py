@@ -20,18 +20,22 @@ from moesys.models.rope import (
 
 _KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 _ORIGINAL = "original_max_position_embeddings"
+_SHARE = "partial_rotary_factor"
 
 
 def read_rope(
     keys: Mapping[str, Any],
-    dim: int,
+    head_dim: int,
     *,
+    share: float | None = None,
     theta: float = 10000.0,
     default: Mapping[str, Any] | None = None,
     is_interleaved: bool = False,
 ) -> RopeConfig:
-    """Reads the rotary embedding of ``dim`` elements.
+    """Reads the rotary embedding of heads of ``head_dim`` elements.
 
+    share:    of the elements that are turned, the family's own where the file names none; None for a family that turns
+              all of them.
     theta:    the family's own where the file names none.
     default:  the family's parameters where the file has none.
 
@@ -43,10 +47,15 @@ def read_rope(
         hint = "; its angles change with the length, also those in a cache" if kind == "dynamic" else ""
         raise ModelFormatError(f"rope_type {kind!r} is not supported{hint}; {', '.join(_KINDS)} are")
     base = rope.get("rope_theta") or keys.get("rope_theta") or theta
+    named = rope.get(_SHARE, keys.get(_SHARE))
+    if share is None and named not in (None, 1.0):
+        raise ModelFormatError(f"{_SHARE} ({named}) is not supported: the family turns whole heads")
     try:
         scaling = _read_scaling(kind, rope, keys)
     except KeyError as error:
         raise ModelFormatError(f"rope_type {kind!r} needs the key {error} in rope_parameters") from None
+    # A share was once a number of elements divided by others, which floats do not always give back.
+    dim = head_dim if share is None else int(head_dim * (share if named is None else named) + 1e-6)
     return RopeConfig(dim, float(base), scaling, is_interleaved)
 
 
