@@ -71,6 +71,7 @@ def test_every_family_has_keys_here() -> None:
 def test_a_config_that_was_read_is_written_and_read_again(name: str) -> None:
     family, config = read(name)
     assert family.read_config(family.write_config(config)) == config
+    assert family.read(VARIANT_KEYS[name]) == config
     assert family.find_misfits(config) == []
 
 

@@ -160,7 +160,7 @@ PUBLISHED: dict[str, tuple[float, Keys]] = {
 
 def read(keys: Keys) -> DecoderConfig:
     family = next(family for family in FAMILIES if keys["model_type"] in family.model_types)
-    return family.read_config(keys)
+    return family.read(keys)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moesys.checkpoint.model_files import FileTensor
-from moesys.checkpoint.tensor_source import PlainSource, TensorSource
+from moesys.checkpoint.tensor_source import Fp8Source, PlainSource, TensorSource
 from moesys.errors import ModelFormatError
-from moesys.models import Block, Decoder
+from moesys.models import Block, Decoder, Encoding, Family, StoredTensor
+from moesys.models.layout import MoELayout
 from moesys.moe import ExpertBank, ExpertKey, MoELayer
-from moesys.store import Extent, PartShape, Section
+from moesys.store import Extent, PartShape, Section, StoredFile
+
+_EXPORT = "moesys export MODEL --to DIR"
 
 
 @dataclass(frozen=True)
@@ -38,30 +42,32 @@ def is_of_experts(source: TensorSource, model: Decoder) -> bool:
     return _find_base(source.stored.view) in _list_parameters(model)
 
 
-def find_expert_sections(model: Decoder, sources: Iterable[TensorSource]) -> ExpertSections:
-    """Returns the sections of a model that was built on the meta device, in the dtype of its files.
+def find_expert_sections(
+    model: Decoder, sources: Iterable[TensorSource], family: Family, dtype: torch.dtype
+) -> ExpertSections:
+    """Returns the sections of a model on the meta device; nothing but the files' identity is read.
 
-    Raises `ModelFormatError` for experts that the files hold in another order or format, or in several dtypes.
+    dtype: as which the model is computed.
+
+    Raises `ModelFormatError` for experts that the files hold in another order, format or dtype.
     """
     places = _list_parameters(model)
     extents: dict[ExpertKey, list[Extent]] = {}
-    dtypes: set[torch.dtype] = set()
+    files: dict[Path, StoredFile] = {}
     for source in sources:
         layer_id, part, parameter = places[_find_base(source.stored.view)]
-        if not isinstance(source, PlainSource) or not source.stored.view.is_contiguous():
+        values = _require_plain(source, model, family)
+        if values.record.torch_dtype != dtype:
             raise ModelFormatError(
-                f"{source.stored.name} is not stored as the kernels take it, so that experts cannot be read one by one "
-                "from this checkpoint; export it first: moesys export MODEL --to DIR --dtype bf16"
+                f"{source.stored.name} is stored as {values.record.dtype} and the model is computed in {dtype}, as "
+                "config.json or the lack of a kernel has it, but experts are read from the disk as they are; export "
+                f"the model first: {_EXPORT} --dtype {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
             )
-        dtypes.add(source.values.record.torch_dtype)
-        for expert_id, extent in _cut(source.values, source.stored.view, parameter, part):
+        path = values.span.path
+        if path not in files:
+            files[path] = StoredFile.identify(path, values.span.descriptor)
+        for expert_id, extent in _cut(values, source.stored.view, parameter, part, files[path]):
             extents.setdefault((layer_id, expert_id), []).append(extent)
-    if len(dtypes) != 1:
-        raise ModelFormatError(
-            f"the experts must be stored in one dtype, these are in {sorted(map(str, dtypes))}; export the model "
-            "first: moesys export MODEL --to DIR --dtype bf16"
-        )
-    (dtype,) = dtypes
     shapes: dict[int, list[PartShape]] = {}
     for layer_id, _, parameter in places.values():
         shapes.setdefault(layer_id, []).append(PartShape(tuple(parameter.shape[1:]), dtype))
@@ -72,6 +78,38 @@ def find_expert_sections(model: Decoder, sources: Iterable[TensorSource]) -> Exp
         },
         shapes={layer_id: tuple(parts) for layer_id, parts in shapes.items()},
     )
+
+
+def _require_plain(source: TensorSource, model: Decoder, family: Family) -> FileTensor:
+    """Returns the tensor whose bytes are what the kernels take; raises `ModelFormatError` with what helps if anything
+    does."""
+    if isinstance(source, PlainSource) and _is_plain(source.stored):
+        return source.values
+    if isinstance(source, Fp8Source):
+        reason, fix = "is stored as FP8", f"export the model first: {_EXPORT} --dtype bf16"
+    else:
+        reason, fix = "is stored in another order than the kernels take", "run it without --host-memory"
+        storages = [layout.experts.storage for layout in family.layout.moe if _has_plain_experts(layout, model)]
+        if storages:
+            fix = f"export the model first: {_EXPORT} --experts {storages[0]}"
+    raise ModelFormatError(
+        f"{source.stored.name} {reason}, so that experts cannot be read one by one from this checkpoint; {fix}"
+    )
+
+
+def _has_plain_experts(layout: MoELayout, model: Decoder) -> bool:
+    """Whether a checkpoint in this layout would hold the experts as the kernels take them."""
+    banks = [layer.experts for layer in model.modules() if isinstance(layer, MoELayer)]
+    return all(
+        _is_plain(stored)
+        for bank in banks
+        if isinstance(bank, ExpertBank)
+        for stored in layout.experts.list_tensors(bank)
+    )
+
+
+def _is_plain(stored: StoredTensor) -> bool:
+    return stored.encoding is Encoding.PLAIN and stored.view.is_contiguous()
 
 
 def _list_parameters(model: Decoder) -> dict[int, tuple[int, int, Tensor]]:
@@ -94,7 +132,9 @@ def _find_base(view: Tensor) -> int:
     return id(view if base is None else base)
 
 
-def _cut(values: FileTensor, view: Tensor, parameter: Tensor, part: int) -> Iterator[tuple[int, Extent]]:
+def _cut(
+    values: FileTensor, view: Tensor, parameter: Tensor, part: int, file: StoredFile
+) -> Iterator[tuple[int, Extent]]:
     """Yields the bytes of each expert that a tensor of the file holds, all or a part of one expert's matrix."""
     itemsize = values.record.torch_dtype.itemsize
     expert_bytes = math.prod(parameter.shape[1:]) * itemsize
@@ -103,4 +143,4 @@ def _cut(values: FileTensor, view: Tensor, parameter: Tensor, part: int) -> Iter
         expert_id, offset = divmod(first + start, expert_bytes)
         num_bytes = min(expert_bytes, view.numel() * itemsize - start)
         span = values.span.cut(start, num_bytes)
-        yield expert_id, Extent(span.path, span.offset, span.num_bytes, part, offset)
+        yield expert_id, Extent(file, span.offset, span.num_bytes, part, offset)

@@ -128,7 +128,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "data.text_field",
         _has_no_text_field,
-        "plain text has no fields, and conversations have their own; it applies to JSONL, Parquet and Hugging Face datasets",
+        "plain text has no fields, conversations have their own; it is for JSONL, Parquet and Hugging Face datasets",
     ),
     Rule("data.chat_template", _has_no_chats, _NO_CHATS),
     Rule("data.chat_answers", _has_no_chats, _NO_CHATS),

@@ -1,4 +1,4 @@
-"""Text generation for one sequence on top of the engine: prefill once, then a token at a time."""
+"""Text generation for one sequence on top of the engine: the prompt in bounded passes, then a token at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from moesys.inference.sampling import SamplingParams, sample_token
 from moesys.inference.text import TextStream
 
 DEFAULT_NEW_TOKENS = 128
+
+PREFILL_TOKENS = 512
+"""Enough rows for matrix products to run at their full rate; what they need besides weights stays small."""
 
 
 class FinishReason(StrEnum):
@@ -76,7 +79,12 @@ class Generation:
         max_new_tokens: int,
         sampling: SamplingParams,
         stop: Stop,
+        *,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
+        """prefill_tokens: of the prompt in one pass, which bounds the memory that it needs."""
+        if prefill_tokens < 1:
+            raise GenerationError(f"prefill_tokens ({prefill_tokens}) must be 1 or more")
         if max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens ({max_new_tokens}) must be 1 or more")
         if not prompt_ids:
@@ -87,6 +95,7 @@ class Generation:
         self._num_prompt = len(prompt_ids)
         self._limit = len(prompt_ids) + max_new_tokens
         self._sampling = sampling
+        self._prefill_tokens = prefill_tokens
         self._stream = TextStream(tokenizer.decode, stop.strings, prompt_ids)
         self._end_ids = {tokenizer.end_of_text_id, *stop.token_ids}
         self.stats: GenerationStats | None = None
@@ -121,7 +130,9 @@ class Generation:
     def _extend(self, sequence_id: int, start: int) -> float:
         """Runs the tokens from ``start`` on and draws the next one; returns the seconds that took."""
         begin = time.perf_counter()
-        [[logits_V]] = self._engine.step([SequenceStep(sequence_id, start, self._ids[start:], num_logits=1)])
+        for first in range(start, len(self._ids), self._prefill_tokens):
+            chunk = self._ids[first : first + self._prefill_tokens]
+            [[logits_V]] = self._engine.step([SequenceStep(sequence_id, first, chunk, num_logits=1)])
         self._ids.append(sample_token(logits_V, self._sampling, len(self._ids), self._ids))
         return time.perf_counter() - begin
 
@@ -139,14 +150,22 @@ def generate(
     max_new_tokens: int | None = None,
     sampling: SamplingParams | None = None,
     stop: Stop | None = None,
+    prefill_tokens: int = PREFILL_TOKENS,
 ) -> Generation:
     """Continues a text as if it were the beginning of a document. Iterate over the result for pieces of text.
 
     max_new_tokens: None writes 128, or fewer where the model's context leaves less.
+    prefill_tokens: of the prompt in one pass, which bounds the memory that it needs.
     """
     prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
     if max_new_tokens is None:
         max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, engine.model.config.position_limit - len(prompt_ids)))
     return Generation(
-        engine, tokenizer, prompt_ids, max_new_tokens, sampling or SamplingParams(), stop or Stop()
+        engine,
+        tokenizer,
+        prompt_ids,
+        max_new_tokens,
+        sampling or SamplingParams(),
+        stop or Stop(),
+        prefill_tokens=prefill_tokens,
     )

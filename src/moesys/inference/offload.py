@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moesys.checkpoint import OffloadedWeights, open_offloaded
 from moesys.errors import GenerationError
+from moesys.inference.generate import PREFILL_TOKENS
+from moesys.inference.step_memory import compute_step_bytes
 from moesys.models import Block, Decoder
 from moesys.moe import CachedLayer, CachedSource, Execution, ExpertBank, LocalDispatcher, MoELayer
 from moesys.planning import Budget, Footprint, TierPlacement, compute_kv_bytes_per_token, parse_budget, place
@@ -28,22 +30,25 @@ class OffloadedModel:
     """A model whose experts come and go, ready for an `Engine`.
 
     tier:         how the memory is spent.
-    num_experts:  of all layers; ``cache.pool.num_slots`` of them are in memory.
+    step_bytes:   of it, or beside it where the budget is a share, for what a pass over ``PREFILL_TOKENS`` computes.
+    num_experts:  of all layers; ``tier.num_experts`` of them are in memory.
     """
 
     model: Decoder
     execution: Execution
     tier: TierPlacement
+    step_bytes: int
     cache: SectionCache
     num_experts: int
 
     def describe_plan(self) -> str:
         """One line for people: what is where."""
-        slots = self.cache.pool.num_slots
+        slots = self.tier.num_experts
         return (
             f"{format_bytes(self.tier.core_bytes)} of weights resident, {slots} of {self.num_experts} experts "
-            f"({slots / self.num_experts:.0%}, {format_bytes(self.cache.pool.num_bytes)}) kept in memory, "
-            f"{format_bytes(self.tier.kv_bytes)} for keys and values"
+            f"({slots / self.num_experts:.0%}, {format_bytes(self.tier.expert_bytes)}) kept in memory, "
+            f"{format_bytes(self.tier.kv_bytes)} for keys and values, {format_bytes(self.step_bytes)} for a pass of "
+            f"{PREFILL_TOKENS} tokens"
         )
 
     def describe_traffic(self) -> str:
@@ -61,43 +66,48 @@ class OffloadedModel:
 def load_offloaded(
     folder: Path, host_memory: str, *, num_positions: int | None = None, num_slots: int | None = None
 ) -> Iterator[OffloadedModel]:
-    """Loads a model folder within a budget; its files stay open inside.
+    """Loads a model folder within a budget; its files stay open inside, and outside it computes no more.
 
     host_memory:    a size for everything, such as ``8GiB``, or a share of the weights, such as ``50%``.
     num_positions:  tokens of the sequences that will be open at once; None for one of the model's full context.
-    num_slots:      experts in memory; None for as many as the budget holds.
+    num_slots:      experts in memory, at most as many as the budget holds; None for as many. For tests and diagnosis.
 
     Raises `ModelFormatError` for a folder whose experts cannot be read one by one, `ConfigError` for a budget that is
-    none, and `GenerationError` for one that is too small.
+    none, and `GenerationError` for one that is too small or a number of slots beyond it; nothing is loaded then.
     """
     with open_offloaded(folder) as weights, SectionReader() as reader:
         footprint = _measure_footprint(weights)
         budget = parse_budget(host_memory, "--host-memory", "RAM", footprint.weight_bytes)
         if num_positions is None:
-            num_positions = weights.model.config.position_limit
-        tier = _spend(budget, footprint, num_positions)
-        pool = SlotPool(tier.num_experts if num_slots is None else num_slots, _find_slot_shape(weights))
+            num_positions = weights.config.position_limit
+        step_bytes = compute_step_bytes(
+            weights.config, min(PREFILL_TOKENS, num_positions), num_positions, weights.dtype.itemsize
+        )
+        tier = _spend(budget, footprint, num_positions, step_bytes)
+        if num_slots is not None:
+            tier = _limit_slots(tier, num_slots, footprint)
+        pool = SlotPool(tier.num_experts, _find_slot_shape(weights))
+        model = weights.load_resident()
         cache = SectionCache(pool, weights.experts.sections, reader, LeastRecent())
         layers = {
             layer_id: CachedLayer(cache, bank.down_EDF.shape[0], bank.form)
-            for layer_id, bank in _list_banks(weights.model)
+            for layer_id, bank in _list_banks(model)
         }
         execution = Execution(LocalDispatcher(), CachedSource(layers))
-        yield OffloadedModel(weights.model, execution, tier, cache, len(weights.experts.sections))
+        yield OffloadedModel(model, execution, tier, step_bytes, cache, len(weights.experts.sections))
 
 
 def _measure_footprint(weights: OffloadedWeights) -> Footprint:
     return Footprint(
         core_bytes=weights.resident_bytes,
         section_bytes=tuple(section.num_bytes for section in weights.experts.sections.values()),
-        kv_bytes_per_token=compute_kv_bytes_per_token(
-            weights.model.config.mixers, weights.model.embedding.weight.itemsize
-        ),
+        kv_bytes_per_token=compute_kv_bytes_per_token(weights.config.mixers, weights.dtype.itemsize),
     )
 
 
-def _spend(budget: Budget, footprint: Footprint, num_positions: int) -> TierPlacement:
-    (tier,) = place(footprint, [budget], num_positions).tiers
+def _spend(budget: Budget, footprint: Footprint, num_positions: int, step_bytes: int) -> TierPlacement:
+    left = budget if budget.is_share else replace(budget, size_bytes=budget.size_bytes - step_bytes)
+    (tier,) = place(footprint, [left], num_positions).tiers
     if tier.missing_bytes or tier.num_experts < _MIN_SLOTS:
         needed = {
             "resident weights": tier.core_bytes,
@@ -105,13 +115,23 @@ def _spend(budget: Budget, footprint: Footprint, num_positions: int) -> TierPlac
         }
         if not budget.is_share:
             needed[f"keys and values of {num_positions} tokens"] = tier.kv_bytes
+            needed["a pass of the prompt"] = step_bytes
             needed["a reserve"] = tier.reserve_bytes
         parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
         raise GenerationError(
             f"--host-memory {format_bytes(budget.size_bytes)} is less than {parts} = "
             f"{format_bytes(sum(needed.values()))}; raise it"
         )
-    return tier
+    return replace(tier, budget=budget)
+
+
+def _limit_slots(tier: TierPlacement, num_slots: int, footprint: Footprint) -> TierPlacement:
+    if not 1 <= num_slots <= tier.num_experts:
+        raise GenerationError(
+            f"num_slots ({num_slots}) must be 1 to {tier.num_experts}, as many experts as the budget holds; raise the "
+            "budget or leave it out"
+        )
+    return replace(tier, num_experts=num_slots, expert_bytes=num_slots * footprint.slot_bytes)
 
 
 def _find_slot_shape(weights: OffloadedWeights) -> tuple[PartShape, ...]:

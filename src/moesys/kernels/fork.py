@@ -1,7 +1,8 @@
 """Refuses native kernels in a process that was forked while their threads existed.
 
 The pool of OpenMP does not survive a fork: the child has its records but not its threads, and would wait for them for
-ever. Torch's operations share the pool, so there is nothing to fall back to.
+ever. Torch's operations share the pool, so there is nothing to fall back to. A region of one thread does not touch the
+pool, so a child with `torch.set_num_threads` (1), as in every worker of a DataLoader, computes.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ _has_lost_threads = False
 
 
 def require_threads() -> None:
-    """Notes that native kernels run in this process from now on. Raises `KernelError` in a forked child of one where
-    they have run on several threads."""
+    """Notes that native kernels run in this process from now on. Raises `KernelError` for several threads in a forked
+    child of one where they have run on several."""
     global _has_threads
+    if torch.get_num_threads() == 1:
+        return
     if _has_lost_threads:
         raise KernelError(
             "native kernels have run on several threads before this process was forked from its parent, and threads do "
-            "not survive a fork; start worker processes with the method 'spawn' or 'forkserver' instead of 'fork'"
+            "not survive a fork; call torch.set_num_threads(1) in this process, or start it with the method 'spawn' or "
+            "'forkserver' instead of 'fork'"
         )
-    _has_threads = _has_threads or torch.get_num_threads() > 1
+    _has_threads = True
 
 
 def _note_fork() -> None:

@@ -187,8 +187,8 @@ class Layout:
     may_predict_further: bool = False
 
     def ignores(self, name: str, num_layers: int, present: Collection[str]) -> bool:
-        """Whether a checkpoint may hold this tensor and the model not: one that is computed from the config, or one of a
-        layer that predicts further tokens, which is known by the projection that only such a layer has.
+        """Whether a checkpoint may hold this tensor and the model not: one that is computed from the config, or one of
+        a layer that predicts further tokens, which is known by the projection that only such a layer has.
 
         present: all names in the checkpoint.
         """

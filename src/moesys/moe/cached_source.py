@@ -2,21 +2,22 @@
 
 `acquire` hands out what is there at once and the rest as it arrives, in as many views as that takes, so that reading
 and computing overlap and any number of slots serves any demand. Which expert leaves is the cache's policy. Results do
-not depend on any of it: the layer sums in the order of the choices whatever the order of arrival.
+not depend on any of it: the layer sums in the order of the choices whatever the order of arrival. For inference: a slot
+that autograd has saved would hold another expert by the time of the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moesys.errors import ShapeError
+from moesys.errors import ShapeError, TrainingError
 from moesys.kernels import BankView, ExpertForm, ModuleView
 from moesys.moe.routing import Routing
-from moesys.store import SectionCache, Urgency
+from moesys.store import SectionCache
 
 ExpertKey = tuple[int, int]
 """(layer, expert): the key of an expert's section in a cache."""
@@ -34,6 +35,15 @@ class CachedLayer:
     form: ExpertForm
 
 
+@dataclass(frozen=True)
+class _Loan:
+    """A view that was handed out and not released, and what stays pinned for it."""
+
+    view: BankView | ModuleView
+    cache: SectionCache
+    keys: tuple[ExpertKey, ...]
+
+
 class CachedSource:
     """Lends experts out of caches. Layers of the same shape share one."""
 
@@ -43,75 +53,102 @@ class CachedSource:
         self._layers = dict(layers)
         self._share_to_stream = share_to_stream
         order = sorted(layers)
-        self._next = dict(zip(order, order[1:] + order[:1], strict=True))
+        self._next = dict(zip(order, order[1:], strict=False))
+        self._loans: dict[int, _Loan] = {}
 
     def hint(self, layer_id: int, routing: Routing) -> None:
         """See `ExpertSource`. The demand comes at once, so there is nothing to gain."""
 
     def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
-        """See `ExpertSource`. Raises `SectionReadError` for weights that cannot be read."""
+        """See `ExpertSource`. Waits for the disk where nothing is ready.
+
+        Raises `SectionReadError` for weights that cannot be read or whose files were closed, `ShapeError` when views
+        that were not released hold all slots, and `TrainingError` where gradients are enabled.
+        """
         if layer_id not in self._layers:
             raise ShapeError(
                 f"layer {layer_id} has no experts in this source; it holds layers {sorted(self._layers)}"
             )
+        if torch.is_grad_enabled():
+            raise TrainingError(
+                f"layer {layer_id}: experts that are read from the disk have no gradients, and their slots are filled "
+                "anew before a backward pass could read them; run the model under torch.no_grad(), or load it as a "
+                "whole to train it"
+            )
         layer = self._layers[layer_id]
         cache = layer.cache
-        cache.collect()
+        cache.begin_turn()
         wanted = [(layer_id, expert) for expert in (demand.diff() > 0).nonzero().flatten().tolist()]
-        streams = len(wanted) >= self._share_to_stream * layer.num_experts
-        left, held = set(wanted), set[ExpertKey]()
+        may_read_ahead = len(wanted) >= self._share_to_stream * layer.num_experts
+        left, pinned = dict.fromkeys(wanted), set[ExpertKey]()
         try:
             for key in wanted:
                 cache.demand(key)
                 if cache.is_here(key):
                     cache.pin(key)
-                    held.add(key)
+                    pinned.add(key)
             while left:
-                if self._start(cache, wanted, left, held) and streams:
+                all_started = self._start(cache, left, pinned)
+                if all_started and may_read_ahead:
                     self._read_ahead(layer_id)
-                ready = [key for key in wanted if key in left and cache.is_ready(key)]
+                    may_read_ahead = False
+                ready = [key for key in left if cache.is_ready(key) and key in pinned]
                 if not ready:
-                    cache.wait_any([key for key in held if key in left])
+                    self._wait(cache, [key for key in left if key in pinned])
                     continue
-                left.difference_update(ready)
-                yield self._make_view(layer, {key: cache.use(key) for key in ready})
                 for key in ready:
-                    held.discard(key)
-                    cache.unpin(key)
+                    del left[key]
+                    pinned.discard(key)
+                yield self._lend(layer, ready)
         finally:
-            for key in held:
+            for key in pinned:
                 cache.unpin(key)
 
     def release(self, layer_id: int, view: BankView | ModuleView) -> None:
-        """See `ExpertSource`. A view is unpinned when the next one is asked for."""
+        """See `ExpertSource`. Raises `ShapeError` for a view that is not lent, or is no longer."""
+        loan = self._loans.pop(id(view), None)
+        if loan is None:
+            raise ShapeError(f"layer {layer_id}: this view is not lent; release each view that was acquired once")
+        for key in loan.keys:
+            loan.cache.unpin(key)
 
-    def _start(
-        self, cache: SectionCache, wanted: list[ExpertKey], left: set[ExpertKey], held: set[ExpertKey]
-    ) -> bool:
+    def _start(self, cache: SectionCache, left: Mapping[ExpertKey, None], pinned: set[ExpertKey]) -> bool:
         """Starts reading what is not on its way while slots last; returns whether everything is."""
-        for key in wanted:
-            if key not in left or key in held:
+        for key in left:
+            if key in pinned:
                 continue
-            if not cache.start(key, Urgency.DEMAND):
+            if not cache.is_here(key) and not cache.start(key):
                 return False
             cache.pin(key)
-            held.add(key)
+            pinned.add(key)
         return True
 
+    def _wait(self, cache: SectionCache, keys: Sequence[ExpertKey]) -> None:
+        if not cache.is_loading:
+            raise ShapeError(
+                f"all {cache.pool.num_slots} slots are held by {len(self._loans)} views that were not released; "
+                "release each view before the next is needed, or have more slots"
+            )
+        cache.wait_any(keys)
+
     def _read_ahead(self, layer_id: int) -> None:
-        """Prefetches the experts of the next layer, as many as find a slot."""
-        next_id = self._next[layer_id]
-        following = self._layers[next_id]
-        if following.cache is not self._layers[layer_id].cache or next_id == layer_id:
+        """Prefetches the experts of the next layer, as many as find a slot; none after the last layer."""
+        next_id = self._next.get(layer_id)
+        if next_id is None or self._layers[next_id].cache is not self._layers[layer_id].cache:
             return
-        for expert in range(following.num_experts):
-            key = (next_id, expert)
-            if not following.cache.is_here(key) and not following.cache.start(key, Urgency.PREFETCH):
+        following = self._layers[next_id]
+        keys = dict.fromkeys((next_id, expert) for expert in range(following.num_experts))
+        for key in keys:
+            if not following.cache.is_here(key) and not following.cache.prefetch(key, spared=keys):
                 return
 
-    def _make_view(self, layer: CachedLayer, slots: Mapping[ExpertKey, int]) -> BankView:
+    def _lend(self, layer: CachedLayer, keys: Sequence[ExpertKey]) -> BankView:
+        """Makes a view of experts that are ready; their pins are the view's from now on."""
+        slots = [layer.cache.use(key) for key in keys]
         table = torch.full((layer.num_experts,), -1, dtype=torch.int64)
-        table[[expert for _, expert in slots]] = torch.tensor(list(slots.values()))
+        table[[expert for _, expert in keys]] = torch.tensor(slots)
         gate_up, down, *biases = layer.cache.pool.parts
         gate_up_bias, down_bias = biases or (None, None)
-        return BankView(gate_up, down, table, layer.form, gate_up_bias, down_bias)
+        view = BankView(gate_up, down, table, layer.form, gate_up_bias, down_bias)
+        self._loans[id(view)] = _Loan(view, layer.cache, tuple(keys))
+        return view

@@ -4,10 +4,12 @@ Knows nothing of models or routing: a section is bytes with a name, a slot is me
 """
 
 from moesys.store.cache import CacheStats, SectionCache
-from moesys.store.policy import HitCounts, LeastFrequent, LeastRecent, Policy
+from moesys.store.memory import allocate_weight
+from moesys.store.policy import HitCounts, LeastFrequent, LeastRecent, MayLeave, Policy
 from moesys.store.reader import Read, SectionReader, Urgency
 from moesys.store.section import Extent, Section
 from moesys.store.slots import PartShape, SlotPool
+from moesys.store.stored_file import StoredFile
 
 __all__ = [
     "CacheStats",
@@ -15,6 +17,7 @@ __all__ = [
     "HitCounts",
     "LeastFrequent",
     "LeastRecent",
+    "MayLeave",
     "PartShape",
     "Policy",
     "Read",
@@ -22,5 +25,7 @@ __all__ = [
     "SectionCache",
     "SectionReader",
     "SlotPool",
+    "StoredFile",
     "Urgency",
+    "allocate_weight",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+
+from moesys.errors import ShapeError
+from moesys.store.stored_file import StoredFile
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Extent:
     part, part_offset:  which of the slot's parts they go to, and from which byte of it on.
     """
 
-    path: Path
+    file: StoredFile
     offset: int
     num_bytes: int
     part: int
@@ -26,11 +28,22 @@ class Section:
     """A group of extents that is read together: one expert, for example.
 
     checksums:  the CRC-32 of each extent, as `zlib.crc32` computes it; None where nobody has recorded them yet.
+
+    Raises `ShapeError` for no extents, or another number of checksums.
     """
 
     name: str
     extents: tuple[Extent, ...]
     checksums: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.extents:
+            raise ShapeError(f"section {self.name} has no extents; give it at least one")
+        if self.checksums is not None and len(self.checksums) != len(self.extents):
+            raise ShapeError(
+                f"section {self.name} has {len(self.checksums)} checksums for {len(self.extents)} extents; "
+                "give one for each, or None"
+            )
 
     @cached_property
     def num_bytes(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesys.errors import ShapeError
+from moesys.store.memory import allocate_weight
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SlotPool:
             raise ShapeError(f"a pool needs at least 1 slot, got {num_slots}; raise the budget")
         self.num_slots = num_slots
         self.parts: tuple[Tensor, ...] = tuple(
-            torch.empty(num_slots, *shape.shape, dtype=shape.dtype) for shape in shapes
+            allocate_weight((num_slots, *shape.shape), shape.dtype) for shape in shapes
         )
         self._bytes = [part.view(num_slots, -1).view(torch.uint8).numpy() for part in self.parts]
 

@@ -81,6 +81,11 @@ def needs_gradient(rows: Rows, view: BankView | ModuleView, adapters: Adapters |
     """Whether autograd watches an input. The parameters of a `ModuleView` cannot be seen and count as watched."""
     if isinstance(view, ModuleView):
         return torch.is_grad_enabled()
+    return any(is_watched(value) for value in list_inputs(rows, view, adapters))
+
+
+def list_inputs(rows: Rows, view: BankView, adapters: Adapters | None) -> list[object]:
+    """Returns what a result depends on smoothly; None for biases that are not there."""
     inputs: list[object] = [
         rows.x_RD,
         view.gate_up_SFD,
@@ -90,7 +95,7 @@ def needs_gradient(rows: Rows, view: BankView | ModuleView, adapters: Adapters |
     ]
     if adapters is not None:
         inputs += [adapters.gate_up_a_ERD, adapters.gate_up_b_EFR, adapters.down_a_ERF, adapters.down_b_EDR]
-    return any(is_watched(tensor) for tensor in inputs)
+    return inputs
 
 
 def _choose(

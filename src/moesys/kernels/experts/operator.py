@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from moesys.kernels.choice import Kernel
+from moesys.kernels.derivatives import is_transformed, refuse_derivatives
 from moesys.kernels.experts import implementations
 from moesys.kernels.experts.checks import check_call, check_sum
 from moesys.kernels.flat_weight import flatten_weight, unflatten_weight
@@ -29,10 +30,11 @@ _CALL = (
 
 
 def takes(view: BankView | ModuleView, rows: Rows, adapters: Adapters | None) -> TypeGuard[BankView]:
-    """Whether a call can be a node: on a CPU, without gradients, on a bank."""
+    """Whether a call can be a node: on a CPU, without derivatives, on a bank."""
     return (
         isinstance(view, BankView)
         and rows.x_RD.device.type == "cpu"
+        and not is_transformed(*implementations.list_inputs(rows, view, adapters))
         and not implementations.needs_gradient(rows, view, adapters)
         and not torch.is_autocast_enabled("cpu")
     )
@@ -86,6 +88,10 @@ def _experts_summed(weights: Tensor, positions: Tensor, sum_offsets: Tensor, *fl
 @_experts_summed.register_fake
 def _(weights: Tensor, positions: Tensor, sum_offsets: Tensor, x: Tensor, *flat: Any) -> Tensor:
     return x.new_empty(sum_offsets.shape[0] - 1, x.shape[1])
+
+
+refuse_derivatives(_experts)
+refuse_derivatives(_experts_summed)
 
 
 def flatten_call(rows: Rows, view: BankView, adapters: Adapters | None, kernel: Kernel) -> tuple[object, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from moesys.kernels.choice import Kernel
+from moesys.kernels.derivatives import refuse_derivatives
 from moesys.kernels.flat_weight import flatten_weight, unflatten_weight
 from moesys.kernels.linear.implementations import compute_linear
 from moesys.kernels.records import Weight
@@ -49,3 +50,6 @@ def _(
     kernel: str,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+refuse_derivatives(_linear)

@@ -48,7 +48,7 @@ class Family:
     def read(self, keys: Mapping[str, Any]) -> DecoderConfig:
         """Returns the decoder that the keys of a ``config.json`` describe.
 
-        Raises `KeyError` for a missing key, and `ModelFormatError` for a value that is not supported or cannot be meant.
+        Raises `KeyError` for a missing key, and `ModelFormatError` for a value that is not supported or not meant.
         """
         config = self.read_config(keys)
         require_sound(config)

@@ -1,7 +1,7 @@
 """Whether the values of a record are what its fields say, before anything is built from them.
 
-A ``config.json`` may hold a word where a number belongs, NaN, or a size of zero. Records are typed and say nothing of it
-at run time; this reads their annotations, once for all families.
+A ``config.json`` may hold a word where a number belongs, NaN, or a size of zero. Records are typed and say nothing of
+it at run time; this reads their annotations, once for all families.
 """
 
 from __future__ import annotations
