@@ -121,7 +121,7 @@ def write_quantised(folder: Path, source: str) -> Path:
 def test_layers_behind_the_last_are_not_used(tmp_path: Path) -> None:
     write_model(tmp_path / "model", FAMILY_KEYS["deepseek_v3"])
     path = tmp_path / "model" / WEIGHTS
-    save_file({**load_file(path), "model.layers.2.enorm.weight": torch.ones(32)}, path)
+    save_file({**load_file(path), "model.layers.2.eh_proj.weight": torch.ones(32)}, path)
     found = read_model(tmp_path / "model")
     assert found.unused_bytes == 128
     assert found.total.stored_bytes == read_inventory(tmp_path / "model").stored_bytes - 128
@@ -165,8 +165,8 @@ def test_a_refused_family_says_why(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"num_attention_heads": 3}, "num_heads"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers"),
-        ({"vocab_size": -1}, "negative"),
-        ({"hidden_size": None}, "describes no model"),
+        ({"vocab_size": -1}, "vocab_size is -1, not above zero"),
+        ({"hidden_size": None}, "hidden_size is None, which must be set"),
     ],
 )
 def test_a_config_that_is_not_understood_is_told(

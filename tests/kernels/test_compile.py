@@ -11,6 +11,7 @@ import pytest
 import torch
 from expert_cases import FORMATS, FORMS, MIXED, Case, make_case
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from moesys.errors import KernelError, ShapeError
 from moesys.kernels import (
@@ -22,9 +23,12 @@ from moesys.kernels import (
     compute_experts_summed,
     linear,
     pack_int8,
+    use_kernel,
 )
 from moesys.kernels.experts.operator import flatten_call
 from moesys.moe import Execution, LocalDispatcher, MoEConfig, MoELayer, ResidentSource
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +145,134 @@ def test_training_compiles_with_the_gradients_of_eager() -> None:
         assert (eager - compiled).abs().max() <= 1e-5 * eager.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_compiled_training_follows_the_wish_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(5, 70, requires_grad=True), torch.randn(40, 70)
+    compiled = torch.compile(linear, backend="aot_eager")
+    of_torch, specified = (linear(x, weight, kernel=kernel) for kernel in (Kernel.TORCH, Kernel.REFERENCE))
+    assert not torch.equal(of_torch, specified)
+    for wish, expected in (
+        (Kernel.AUTO, of_torch),
+        (Kernel.REFERENCE, specified),
+        (Kernel.TORCH, of_torch),
+        (Kernel.AUTO, of_torch),
+    ):
+        with use_kernel(wish):
+            assert torch.equal(compiled(x, weight), expected), wish
+    with use_kernel(Kernel.NATIVE), pytest.raises(KernelError, match="it has no backward pass"):
+        compiled(x, weight)
+    torch.compiler.reset()
+    monkeypatch.setenv("MOESYS_KERNEL", "reference")
+    assert torch.equal(torch.compile(linear, backend="aot_eager")(x, weight), specified)
+
+
+def test_a_wish_for_torch_leaves_training_in_one_graph() -> None:
+    x, weight = torch.randn(5, 70, requires_grad=True), torch.randn(40, 70)
+    compiled = compile_whole(linear)
+    with use_kernel(Kernel.TORCH):
+        assert torch.equal(compiled(x, weight), linear(x, weight))
+    assert torch.equal(compiled(x, weight, None, Kernel.TORCH), linear(x, weight, kernel=Kernel.TORCH))
+
+
+def make_functions() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Operators as functions of their first argument, and one for it."""
+    weight = torch.randn(40, 70)
+    case = make_case(*MIXED, dtype=torch.float32, bias=True)
+
+    def compute_rows(x: Tensor) -> Tensor:
+        return compute_experts(Rows(x, case.row_ids, case.offsets), case.view)
+
+    def compute_sums(x: Tensor) -> Tensor:
+        rows = Rows(x, case.row_ids, case.offsets)
+        return compute_experts_summed(rows, case.view, case.weights_A, case.token_sum)
+
+    return {
+        "linear": (lambda x: linear(x, weight), torch.randn(5, 70)),
+        "experts": (compute_rows, case.x_RD),
+        "summed": (compute_sums, case.x_RD),
+    }
+
+
+def push_forward(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.func.jvp(function, (x,), (x.cos(),))[1]
+
+
+def push_dual(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor | None]:
+    def push(x: Tensor) -> Tensor | None:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x.cos()))).tangent
+
+    return push
+
+
+def pull_back(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return torch.func.grad(lambda x: function(x).square().sum())
+
+
+def batch(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.func.vmap(function)(torch.stack([x, x.cos()]))
+
+
+Transform = Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor | None]]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("transform", [push_forward, push_dual, batch])
+@pytest.mark.parametrize("name", ["linear", "summed"])
+def test_transforms_reach_through_a_graph_from_inside_and_outside(name: str, transform: Transform) -> None:
+    function, x = make_functions()[name]
+    with torch.no_grad():
+        expected = transform(function)(x)
+        inside = torch.compile(transform(function), backend="aot_eager")(x)
+        compiled = torch.compile(function, backend="aot_eager")
+        compiled(x)
+        outside = transform(compiled)(x)
+    for found in (inside, outside):
+        assert found is not None
+        assert expected is not None
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_gradient_of_torch_func_is_part_of_the_graph() -> None:
+    function, x = make_functions()["linear"]
+    assert torch.allclose(compile_whole(pull_back(function))(x), pull_back(function)(x), rtol=1e-5)
+
+
+def make_raw_functions() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """The nodes themselves, which nothing but a graph should hold."""
+    case = make_case(*MIXED, dtype=torch.float32, rank=2)
+    flat = flatten_call(case.rows, case.view, case.adapters, Kernel.AUTO)[1:]
+    sums = (case.weights_A, case.token_sum.positions, case.token_sum.offsets)
+    matrix = (torch.randn(40, case.x_RD.shape[1]), None, case.x_RD.shape[1], "", None, "auto")
+    operators = torch.ops.moesys
+    return {
+        "linear": (lambda x: operators.linear.default(x, *matrix), case.x_RD),
+        "experts": (lambda x: operators.experts.default(x, *flat), case.x_RD),
+        "summed": (lambda x: operators.experts_summed.default(*sums, x, *flat), case.x_RD),
+        "low rank": (
+            lambda a: operators.experts.default(case.x_RD, *flat[:-3], [a, *flat[-3][1:]], *flat[-2:]),  # pyrefly: ignore
+            flat[-3][0],  # pyrefly: ignore
+        ),
+    }
+
+
+@pytest.mark.parametrize("transform", [push_forward, push_dual, pull_back])
+@pytest.mark.parametrize("name", ["linear", "experts", "summed", "low rank"])
+def test_a_node_refuses_the_derivatives_that_it_would_lose(name: str, transform: Transform) -> None:
+    function, x = make_raw_functions()[name]
+    with pytest.raises(KernelError, match="has no derivatives"):
+        transform(function)(x)
+    with pytest.raises(RuntimeError, match="has no derivatives"):
+        torch.compile(transform(function), backend="aot_eager")(x)
+    with pytest.raises(KernelError, match="has no derivatives"):
+        function(x.clone().requires_grad_())
+
+
+def test_a_node_can_be_batched_over() -> None:
+    function, x = make_raw_functions()["linear"]
+    assert torch.equal(batch(function)(x), torch.stack([function(x), function(x.cos())]))
+
+
 def make_layer(*, checks_logits: bool) -> Callable[[Tensor], Tensor]:
     torch.manual_seed(0)
     layer = MoELayer(32, MoEConfig(num_experts=4, top_k=2, intermediate_size=48))
@@ -195,7 +327,6 @@ def test_eager_calls_do_not_load_the_compiler() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor on a CPU needs a C++ compiler")
 def test_inductor_takes_the_layer_in_one_graph() -> None:
     compute, x = make_layer(checks_logits=False), torch.randn(7, 32)

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork")
 
 CODE = """
-import os, sys, torch
+import os, signal, sys, torch
 from moesys.errors import KernelError
 from moesys.kernels import BankView, Kernel, Rows, compute_experts, linear, multiply, native, use_kernel
 
@@ -38,6 +38,7 @@ if first != "nothing":
     functions[first]()
 child = os.fork()
 if child == 0:
+    signal.alarm(20)
     torch.set_num_threads(child_threads)
     for function in functions.values():
         try:

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-from moesys.errors import SectionReadError
-from moesys.store import (
-    Extent,
-    HitCounts,
-    LeastFrequent,
-    LeastRecent,
-    Policy,
-    Section,
-    SectionCache,
-    SectionReader,
-    SlotPool,
-    Urgency,
+from section_files import (
+    NUM_SECTIONS,
+    PART_BYTES,
+    list_sections,
+    make_pool,
+    read_expected,
+    write_sections,
 )
-from moesys.store.reader import ReadAt
-from moesys.store.slots import PartShape
 
-NUM_SECTIONS, PART_BYTES = 12, (40, 24)
+from moesys.errors import SectionReadError, ShapeError
+from moesys.store import HitCounts, LeastFrequent, LeastRecent, Policy, SectionCache, SectionReader
+from moesys.store.reader import ReadAt
+
 POLICIES: dict[str, Callable[[], Policy]] = {
     "lru": LeastRecent,
     "lfu": LeastFrequent,
@@ -36,36 +31,8 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    path = tmp_path / "weights.bin"
-    path.write_bytes(random.Random(0).randbytes(NUM_SECTIONS * sum(PART_BYTES)))
-    return path
-
-
-def list_sections(path: Path) -> dict[int, Section]:
-    """Each section has its two parts in different places of the file, the first in two pieces."""
-    first, second = PART_BYTES
-    half = NUM_SECTIONS * first
-    return {
-        i: Section(
-            f"section {i}",
-            (
-                Extent(path, i * first, 16, 0),
-                Extent(path, i * first + 16, first - 16, 0, 16),
-                Extent(path, half + i * second, second, 1),
-            ),
-        )
-        for i in range(NUM_SECTIONS)
-    }
-
-
-def read_expected(path: Path, key: int) -> list[bytes]:
-    data, (first, second) = path.read_bytes(), PART_BYTES
-    half = NUM_SECTIONS * first
-    return [data[key * first : (key + 1) * first], data[half + key * second : half + (key + 1) * second]]
-
-
-def make_pool(num_slots: int) -> SlotPool:
-    return SlotPool(num_slots, [PartShape((size,), torch.uint8) for size in PART_BYTES])
+    write_sections(tmp_path / "weights.bin")
+    return tmp_path / "weights.bin"
 
 
 @pytest.fixture
@@ -83,9 +50,10 @@ def open_cache(file: Path) -> Iterator[Callable[..., SectionCache]]:
 
 def fetch(cache: SectionCache, key: int) -> list[bytes]:
     """The bytes of a section, as somebody who needs it now gets them."""
+    cache.begin_turn()
     cache.demand(key)
     if not cache.is_here(key):
-        assert cache.start(key, Urgency.DEMAND)
+        assert cache.start(key)
     cache.pin(key)
     try:
         while not cache.is_ready(key):
@@ -109,6 +77,7 @@ def test_every_section_is_right_for_any_number_of_slots(
     assert stats.num_hits + stats.num_misses == 200
     assert stats.num_loads == stats.num_misses
     assert stats.loaded_bytes == stats.num_loads * sum(PART_BYTES)
+    assert stats.num_wasted == 0
     assert (stats.num_loads == NUM_SECTIONS) == (num_slots == NUM_SECTIONS)
 
 
@@ -122,7 +91,32 @@ def test_what_is_pinned_never_leaves(file: Path, open_cache: Callable[..., Secti
     assert cache.is_ready(0)
     assert cache.pool.parts[0][slot].numpy().tobytes() == read_expected(file, 0)[0]
     cache.pin(11)
-    assert not cache.start(5, Urgency.DEMAND), "both slots are pinned"
+    assert not cache.start(5), "both slots are pinned"
+
+
+def test_a_guess_takes_the_slot_of_what_was_not_used_lately_and_never_of_another_guess(
+    open_cache: Callable[..., SectionCache],
+) -> None:
+    cache = open_cache(4)
+    for key in (0, 1, 2):
+        fetch(cache, key)
+    assert cache.prefetch(10), "a slot is free"
+    assert cache.prefetch(11), "0 was used neither in this turn nor in the one before"
+    assert not cache.is_here(0)
+    assert not cache.prefetch(9), "1 and 2 were used lately, 10 and 11 wait for their first use"
+    fetch(cache, 10)
+    assert cache.is_here(1)
+    assert not cache.prefetch(9, spared={1}), "1 is guessed too"
+    assert cache.prefetch(9)
+    assert not cache.is_here(1)
+    assert cache.stats.num_wasted == 0
+    for guess in (9, 11):
+        while not cache.is_ready(guess):
+            assert cache.wait_any([guess])
+    assert not cache.wait_any([9]), "nothing is on its way"
+    for key in (5, 6, 7, 8):
+        fetch(cache, key)
+    assert cache.stats.num_wasted == 2, "9 and 11 left unused"
 
 
 @pytest.mark.parametrize("num_bad", [1, 2])
@@ -130,13 +124,14 @@ def test_what_is_pinned_never_leaves(file: Path, open_cache: Callable[..., Secti
 def test_a_fault_is_read_again_once_and_never_becomes_wrong_bytes(
     fault: str, num_bad: int, file: Path, open_cache: Callable[..., SectionCache]
 ) -> None:
-    left = 0
+    left, lock = 0, threading.Lock()
 
     def read_badly(descriptor: int, buffer: memoryview, offset: int) -> int:
         nonlocal left
-        if left == 0:
+        with lock:
+            is_good, left = left == 0, max(left - 1, 0)
+        if is_good:
             return os.preadv(descriptor, [buffer], offset)
-        left -= 1
         if fault == "error":
             raise OSError(5, "Input/output error")
         if fault == "short":
@@ -162,14 +157,14 @@ def test_a_fault_is_read_again_once_and_never_becomes_wrong_bytes(
 def test_a_thousand_random_faults_give_right_bytes_or_an_error(
     file: Path, open_cache: Callable[..., SectionCache]
 ) -> None:
-    draw, faults = random.Random(3), 0
+    draw, faults, lock = random.Random(3), 0, threading.Lock()
 
     def read_badly(descriptor: int, buffer: memoryview, offset: int) -> int:
         nonlocal faults
-        if draw.random() > 0.4:
-            return os.preadv(descriptor, [buffer], offset)
-        faults += 1
-        match draw.randrange(4):
+        with lock:
+            is_good, kind, place = draw.random() > 0.4, draw.randrange(4), draw.randrange(len(buffer))
+            faults += not is_good
+        match -1 if is_good else kind:
             case 0:
                 raise OSError(5, "Input/output error")
             case 1:
@@ -177,7 +172,8 @@ def test_a_thousand_random_faults_give_right_bytes_or_an_error(
             case 2:
                 return os.preadv(descriptor, [buffer[: max(1, len(buffer) // 2)]], offset)
         count = os.preadv(descriptor, [buffer], offset)
-        buffer[draw.randrange(len(buffer))] ^= 1 << draw.randrange(8)
+        if not is_good:
+            buffer[place] ^= 1 << place % 8
         return count
 
     cache = open_cache(3)
@@ -194,17 +190,104 @@ def test_a_thousand_random_faults_give_right_bytes_or_an_error(
     assert errors > 20
 
 
+def test_all_who_wait_for_a_section_hear_that_it_failed(open_cache: Callable[..., SectionCache]) -> None:
+    def fail(descriptor: int, buffer: memoryview, offset: int) -> int:
+        raise OSError(5, "Input/output error")
+
+    cache = open_cache(1, read_at=fail)
+    assert cache.start(3)
+    for _ in range(2):
+        cache.pin(3)
+    for _ in range(2):
+        with pytest.raises(SectionReadError, match="Input/output error"):
+            cache.wait_any([3])
+    assert not cache.start(4), "the slot is free when both have heard of it"
+    cache.unpin(3)
+    cache.unpin(3)
+    assert not cache.is_here(3)
+    assert cache.start(4)
+    assert cache.stats.num_wasted == 1
+
+
+def test_a_failed_guess_is_read_anew_when_it_is_needed(
+    file: Path, open_cache: Callable[..., SectionCache]
+) -> None:
+    def fail(descriptor: int, buffer: memoryview, offset: int) -> int:
+        raise OSError(5, "Input/output error")
+
+    cache = open_cache(2, read_at=fail)
+    assert cache.prefetch(3)
+    read = cache._loading[3].read
+    assert read is not None
+    cache._reader.wait_any([read])
+    cache._reader._read_at = lambda descriptor, buffer, offset: os.preadv(descriptor, [buffer], offset)
+    assert fetch(cache, 3) == read_expected(file, 3)
+
+
+def test_a_cache_whose_reader_was_closed_says_so(open_cache: Callable[..., SectionCache]) -> None:
+    cache = open_cache(NUM_SECTIONS)
+    fetch(cache, 0)
+    cache._reader.close()
+    with pytest.raises(SectionReadError, match="the files of this model were closed"):
+        fetch(cache, 0)
+
+
+def test_finding_a_victim_looks_at_few_of_many_slots(open_cache: Callable[..., SectionCache]) -> None:
+    policy, asked = LeastRecent(), 0
+
+    def may_leave(key: object) -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    for key in range(3000):
+        policy.record_load(key)
+        policy.record_use(key)
+    for key in range(100):
+        assert policy.choose_victim(may_leave) == key
+        policy.record_eviction(key)
+    assert asked == 100
+
+
 def test_hit_counts_keep_what_is_proven_and_throw_out_the_least_hit_of_it() -> None:
     policy = HitCounts(threshold=2, decay=1.0, period=1000)
     for key in "abcd":
         policy.record_load(key)
+        policy.record_use(key)
     for key in "aabbbc":
         policy.record_use(key)
-    assert policy.choose_victim("abcd") == "c", "d is new, c has the fewest hits of the proven"
-    assert policy.choose_victim("d") == "d", "nobody is proven: the least of all"
+    assert policy.choose_victim(lambda key: True) == "c", "d is new, c has the fewest hits of the proven"
+    assert policy.choose_victim(lambda key: key == "d") == "d", "nobody is proven: the least of all"
+    assert policy.choose_victim(lambda key: False) is None
     decaying = HitCounts(threshold=2, decay=0.1, period=4)
     for key in "ab":
         decaying.record_load(key)
+        decaying.record_use(key)
     decaying.record_use("a")
     decaying.record_use("a")
-    assert decaying.choose_victim("ab") == "b", "decayed below the threshold, the least of all leaves"
+    assert decaying.choose_victim(lambda key: True) == "b", "decayed below the threshold, the least leaves"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_use_for_which_a_section_came_is_its_first(policy: str) -> None:
+    chosen = POLICIES[policy]()
+    for key in "ab":
+        chosen.record_load(key)
+    chosen.record_use("a")
+    assert chosen.choose_victim(lambda key: True) == "b", "a was used, b only loaded"
+
+
+def test_frequency_outlives_an_eviction() -> None:
+    policy = LeastFrequent()
+    for key in "aab":
+        if key not in policy._loaded:
+            policy.record_load(key)
+        policy.record_use(key)
+    policy.record_eviction("a")
+    policy.record_load("a")
+    assert policy.choose_victim(lambda key: True) == "b"
+
+
+def test_a_pool_needs_slots() -> None:
+    with pytest.raises(ShapeError, match="at least 1 slot, got 0"):
+        make_pool(0)

@@ -124,12 +124,11 @@ class CachedSource:
         return True
 
     def _wait(self, cache: SectionCache, keys: Sequence[ExpertKey]) -> None:
-        if not cache.is_loading:
+        if not cache.wait_any(keys):
             raise ShapeError(
                 f"all {cache.pool.num_slots} slots are held by {len(self._loans)} views that were not released; "
                 "release each view before the next is needed, or have more slots"
             )
-        cache.wait_any(keys)
 
     def _read_ahead(self, layer_id: int) -> None:
         """Prefetches the experts of the next layer, as many as find a slot; none after the last layer."""

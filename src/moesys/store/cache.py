@@ -84,11 +84,6 @@ class SectionCache:
         """Whether a section lies in its slot or is on its way there."""
         return key in self._entries
 
-    @property
-    def is_loading(self) -> bool:
-        """Whether any section is on its way."""
-        return bool(self._loading)
-
     def demand(self, key: Hashable) -> None:
         """Counts that a section is needed now, and makes a prefetch under way urgent; one that has already failed is
         forgotten, so that it is read anew."""
@@ -162,16 +157,22 @@ class SectionCache:
             elif not entry.num_pins:
                 self._forget_failed(key, entry)
 
-    def wait_any(self, keys: Sequence[Hashable]) -> None:
-        """Waits until one of these sections is ready or, where none is on its way, any other, whose slot may be had then.
+    def wait_any(self, keys: Sequence[Hashable]) -> bool:
+        """Waits until one of these sections is ready or, where none is on its way, any other, whose slot may be had then;
+        returns False at once when nothing is on its way.
 
-        Something must be on its way. Raises the `SectionReadError` of one of these sections that failed.
+        Raises the `SectionReadError` of one of these sections that failed.
         """
-        loading = [entry.read for key in keys if (entry := self._loading.get(key)) and entry.read]
-        others = [entry.read for entry in self._loading.values() if entry.read]
-        assert others, "nothing is on its way"
-        self._reader.wait_any(loading or others)
+        self._raise_failed(keys)
+        reads = {key: entry.read for key, entry in self._loading.items() if entry.read is not None}
+        if not reads:
+            return False
+        self._reader.wait_any([reads[key] for key in keys if key in reads] or list(reads.values()))
         self.collect()
+        self._raise_failed(keys)
+        return True
+
+    def _raise_failed(self, keys: Sequence[Hashable]) -> None:
         for key in keys:
             if key in self._entries and (error := self._entries[key].error) is not None:
                 raise error

@@ -1,0 +1,57 @@
+"""A file of small sections for tests: each has two parts in different places, the first in two pieces."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import torch
+
+from moesys.store import Extent, PartShape, Section, SlotPool, StoredFile
+
+NUM_SECTIONS, PART_BYTES = 12, (40, 24)
+
+
+def write_sections(path: Path) -> dict[int, Section]:
+    path.write_bytes(random.Random(0).randbytes(NUM_SECTIONS * sum(PART_BYTES)))
+    return list_sections(path)
+
+
+def list_sections(path: Path) -> dict[int, Section]:
+    first, second = PART_BYTES
+    half = NUM_SECTIONS * first
+    file = identify(path)
+    return {
+        i: Section(
+            f"section {i}",
+            (
+                Extent(file, i * first, 16, 0),
+                Extent(file, i * first + 16, first - 16, 0, 16),
+                Extent(file, half + i * second, second, 1),
+            ),
+        )
+        for i in range(NUM_SECTIONS)
+    }
+
+
+def identify(path: Path) -> StoredFile:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return StoredFile.identify(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_expected(path: Path, key: int) -> list[bytes]:
+    data, (first, second) = path.read_bytes(), PART_BYTES
+    half = NUM_SECTIONS * first
+    return [data[key * first : (key + 1) * first], data[half + key * second : half + (key + 1) * second]]
+
+
+def make_pool(num_slots: int) -> SlotPool:
+    return SlotPool(num_slots, [PartShape((size,), torch.uint8) for size in PART_BYTES])
+
+
+def make_buffers(section: Section) -> list[memoryview]:
+    return [memoryview(bytearray(extent.num_bytes)) for extent in section.extents]
