@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint.small_checkpoints import (
+    DEEPSEEK,
+    GPT_OSS,
+    make_checkpoint,
+    quantise_fp8,
+    write_quantised,
+)
 from torch import Tensor
 
-from moesys.checkpoint import load_model, open_offloaded, save_model
+from moesys.checkpoint import (
+    AS_PUBLISHED,
+    convert_model,
+    load_model,
+    open_offloaded,
+    parse_dtype,
+    save_model,
+)
 from moesys.errors import GenerationError, ModelFormatError, SectionReadError
 from moesys.inference import Engine, SequenceStep
 from moesys.inference.offload import load_offloaded
@@ -24,6 +40,7 @@ from moesys.models import (
     initialize_weights,
 )
 from moesys.moe import Execution, MoEConfig, Normalization, Score
+from moesys.store import SectionCache
 
 NUM_LAYERS, NUM_EXPERTS, NUM_POSITIONS = 3, 8, 40
 GQA = AttentionConfig(4, 2, 8, RopeConfig(8))
@@ -96,13 +113,99 @@ def test_a_share_of_the_weights_decides_how_many_experts_stay(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("host_memory", ["1%", "200MiB"])
-def test_an_impossible_budget_is_refused_with_the_sum(host_memory: str, tmp_path: Path) -> None:
+def test_an_impossible_budget_is_refused_with_the_sum_before_anything_is_loaded(
+    host_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_model(tmp_path, "mixtral")
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("memory was spent")
+
+    monkeypatch.setattr("moesys.checkpoint.hf.allocate_weight", fail)
+    monkeypatch.setattr("moesys.store.slots.allocate_weight", fail)
     with (
         pytest.raises(
             GenerationError, match=r"--host-memory .* is less than resident weights .* \+ 2 experts .* = "
         ),
         load_offloaded(folder, host_memory, num_positions=NUM_POSITIONS),
+    ):
+        pass
+
+
+def test_a_size_holds_what_a_pass_over_the_prompt_needs(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "mixtral")
+    with load_offloaded(folder, "300MiB", num_positions=NUM_POSITIONS) as offloaded:
+        assert offloaded.step_bytes > 2**14
+        needed = offloaded.tier.used_bytes - 22 * 3 * 24 * 32 * 4 + offloaded.step_bytes
+    with load_offloaded(folder, f"{needed + 2**14}B", num_positions=NUM_POSITIONS) as offloaded:
+        assert 2 <= offloaded.tier.num_experts < 24
+        assert offloaded.tier.used_bytes + offloaded.step_bytes <= needed + 2**14
+    with (
+        pytest.raises(GenerationError, match=r"\+ a pass of the prompt \d.* KiB \+ a reserve"),
+        load_offloaded(folder, f"{needed - 2**14}B", num_positions=NUM_POSITIONS),
+    ):
+        pass
+
+
+def test_a_number_of_slots_is_part_of_the_plan(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "mixtral")
+    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=5) as offloaded:
+        assert (offloaded.tier.num_experts, offloaded.cache.pool.num_slots) == (5, 5)
+        assert offloaded.tier.expert_bytes == offloaded.cache.pool.num_bytes
+        assert "5 of 24 experts" in offloaded.describe_plan()
+    for num_slots in (0, -1, 25):
+        with (
+            pytest.raises(GenerationError, match=rf"num_slots \({num_slots}\) must be 1 to 24"),
+            load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=num_slots),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("stored", "told", "advice"),
+    [
+        (torch.bfloat16, "float32", "--dtype fp32"),
+        (torch.float32, "bfloat16", "--dtype bf16"),
+        (torch.float16, "float16", "--dtype fp32"),
+    ],
+)
+def test_experts_are_stored_in_the_dtype_of_the_model(
+    stored: torch.dtype, told: str, advice: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    folder = write_model(tmp_path / "model", "mixtral", stored)
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(keys | {"dtype": told}))
+    with (
+        pytest.raises(ModelFormatError, match=f"moesys export MODEL --to DIR {advice}"),
+        open_offloaded(folder),
+    ):
+        pass
+    again = tmp_path / "again"
+    convert_model(folder, again, parse_dtype(advice.split()[-1]), AS_PUBLISHED)
+    with load_offloaded(again, "1GiB", num_positions=NUM_POSITIONS, num_slots=3) as offloaded:
+        found = generate_logits(offloaded.model, offloaded.execution)
+    assert torch.equal(found, generate_logits(load_model(again)))
+
+
+def test_experts_in_an_order_that_no_export_changes_need_all_of_the_memory(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, GPT_OSS)
+    with (
+        pytest.raises(ModelFormatError, match=r"in another order .*; run it without --host-memory"),
+        open_offloaded(tmp_path),
+    ):
+        pass
+
+
+def test_experts_in_fp8_are_exported_first(tmp_path: Path) -> None:
+    tensors = make_checkpoint(tmp_path, DEEPSEEK)
+    for name in [name for name in tensors if ".experts." in name]:
+        values, factors, _ = quantise_fp8(tensors[name], (8, 8), lambda factors: factors)
+        tensors |= {name: values, f"{name}_scale_inv": factors}
+    write_quantised(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [8, 8]})
+    with (
+        pytest.raises(ModelFormatError, match=r"is stored as FP8, .* --to DIR --dtype bf16"),
+        open_offloaded(tmp_path),
     ):
         pass
 
@@ -130,24 +233,49 @@ def test_a_read_that_fails_twice_is_an_error_and_the_engine_goes_on_after_it(tmp
         assert torch.equal(generate_logits(offloaded.model, offloaded.execution), resident)
 
 
+def change_expert(folder: Path, cache: SectionCache) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[cache._sections[(1, 3)].extents[1].offset + 5] ^= 4
+    path.write_bytes(data)
+
+
 def test_weights_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
+    path = folder / "model.safetensors"
     with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=2) as offloaded:
         generate_logits(offloaded.model, offloaded.execution)
-        path = folder / "model.safetensors"
-        data = bytearray(path.read_bytes())
-        extent = offloaded.cache._sections[(1, 3)].extents[1]
-        data[extent.offset + 5] ^= 4
-        path.write_bytes(data)
+        status = path.stat()
+        change_expert(folder, offloaded.cache)
+        with pytest.raises(SectionReadError, match=r"model\.safetensors was replaced or changed"):
+            generate_logits(offloaded.model, offloaded.execution)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         with pytest.raises(SectionReadError, match=r"layer 1, expert 3 .* differs from its checksum"):
             generate_logits(offloaded.model, offloaded.execution)
+
+
+def test_a_file_put_in_the_place_of_the_one_that_was_opened_is_noticed(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "mixtral")
+    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS) as offloaded:
+        (folder / "other").write_bytes((folder / "model.safetensors").read_bytes())
+        (folder / "other").replace(folder / "model.safetensors")
+        with pytest.raises(SectionReadError, match=r"model\.safetensors was replaced or changed"):
+            generate_logits(offloaded.model, offloaded.execution)
+
+
+def test_outside_its_context_a_model_computes_no_more(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "mixtral")
+    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS) as offloaded:
+        generate_logits(offloaded.model, offloaded.execution)
+    with pytest.raises(SectionReadError, match="the files of this model were closed"):
+        generate_logits(offloaded.model, offloaded.execution)
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     model = Decoder(DecoderConfig(61, 32, (GQA,), (DenseConfig(20),), tie_embeddings=False))
     save_model(model, tmp_path, torch.float32, {})
     with (
-        pytest.raises(ModelFormatError, match="has no experts that could stay on the disk"),
+        pytest.raises(ModelFormatError, match="has no experts that could stay on the disk; run it without --host-memory"),
         open_offloaded(tmp_path),
     ):
         pass

@@ -14,8 +14,15 @@ from torch import Tensor
 
 from moesys.errors import KernelError
 from moesys.kernels import Kernel, choice, linear, linear_cross_entropy, multiply, native, use_kernel
-from moesys.kernels.choice import Obstacle, choose_kernel, read_wish
+from moesys.kernels.choice import Obstacle, choose_kernel, is_torch_certain, read_wish
 from moesys.kernels.products import api as products
+from moesys.moe import Execution, LocalDispatcher, MoEConfig, MoELayer, ResidentSource
+
+
+NATIVE_FUNCTIONS = (
+    "choose_top_k", "compute_experts", "compute_experts_summed", "compute_linear", "compute_product", "group_by_expert",
+    "sum_rows", "weigh_choice",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -32,7 +39,7 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(native, name, record)
 
-    for name in ("compute_linear", "compute_experts", "compute_product"):
+    for name in NATIVE_FUNCTIONS:
         watch(name)
     monkeypatch.setattr(native, "is_half_used_by_mkl", lambda: True)
     products._prefers_native.cache_clear()
@@ -69,6 +76,24 @@ def test_use_kernel_ends_with_an_exception_and_stays_in_its_thread() -> None:
         raise RuntimeError("stop")
     assert seen == [Kernel.AUTO]
     assert read_wish() is Kernel.AUTO
+
+
+def test_torch_is_certain_while_no_thread_wishes_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    with use_kernel(Kernel.TORCH), use_kernel(Kernel.TORCH):
+        assert is_torch_certain()
+        with pytest.raises(RuntimeError, match="stop"), use_kernel(Kernel.NATIVE), use_kernel(Kernel.NATIVE):  # noqa: PT012
+            with use_kernel(Kernel.TORCH):
+                other = threading.Thread(target=lambda: seen.append(is_torch_certain()))
+                other.start()
+                other.join()
+            raise RuntimeError("stop")
+        assert is_torch_certain()
+    assert seen == [False]
+    assert is_torch_certain()
+    monkeypatch.setenv("MOESYS_KERNEL", "native")
+    with use_kernel(Kernel.TORCH):
+        assert not is_torch_certain()
 
 
 def test_use_kernel_reaches_linear_and_refuses_what_it_cannot_do() -> None:
@@ -134,6 +159,22 @@ def test_a_backward_pass_follows_the_kernel_in_use_around_it(
     with use_kernel(Kernel.TORCH):
         loss.backward()
     assert not native_calls
+
+
+def test_the_kernel_of_an_execution_computes_the_whole_layer(native_calls: list[str]) -> None:
+    config = MoEConfig(num_experts=4, top_k=2, intermediate_size=8, shared_intermediate_size=8)
+    layer, x = MoELayer(16, config), torch.randn(3, 16)
+    execution = Execution(LocalDispatcher(), ResidentSource({0: layer.experts}))
+    with torch.no_grad():
+        layer(x, execution)
+        steps = {"choose_top_k", "weigh_choice", "group_by_expert", "compute_experts_summed", "compute_linear"}
+        assert set(native_calls) == steps
+        native_calls.clear()
+        layer(x, replace(execution, kernel=Kernel.TORCH))
+        assert not native_calls
+        with use_kernel(Kernel.TORCH):
+            layer(x, replace(execution, kernel=Kernel.NATIVE))
+        assert set(native_calls) == steps
 
 
 def test_use_kernel_reaches_products_and_the_loss(native_calls: list[str]) -> None:

@@ -224,6 +224,20 @@ def test_a_failed_guess_is_read_anew_when_it_is_needed(
     assert fetch(cache, 3) == read_expected(file, 3)
 
 
+def test_a_demand_makes_a_guess_under_way_urgent(open_cache: Callable[..., SectionCache]) -> None:
+    cache = open_cache(2)
+    hurried: list[str] = []
+    cache._reader.hurry = lambda read: hurried.append(read.section.name)
+    assert cache.prefetch(3)
+    cache.demand(3)
+    cache.demand(4)
+    while not cache.is_ready(3):
+        assert cache.wait_any([3])
+    cache.demand(3)
+    assert hurried == ["section 3"]
+    assert (cache.stats.num_hits, cache.stats.num_misses) == (1, 2)
+
+
 def test_a_cache_whose_reader_was_closed_says_so(open_cache: Callable[..., SectionCache]) -> None:
     cache = open_cache(NUM_SECTIONS)
     fetch(cache, 0)

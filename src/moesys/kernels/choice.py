@@ -58,7 +58,8 @@ def use_kernel(kernel: Kernel) -> AbstractContextManager[None]:
     Holds for this thread or task, for products of a backward pass that runs inside, and for those of a forward pass
     that ran inside. Comes before ``MOESYS_KERNEL``.
     """
-    return nullcontext() if kernel is Kernel.AUTO else _set_ambient(kernel)
+    changes_nothing = kernel is Kernel.AUTO or kernel is _ambient.get()
+    return nullcontext() if changes_nothing else _set_ambient(kernel)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesys.errors import ShapeError, TrainingError
+from moesys.errors import SectionReadError, ShapeError, TrainingError
 from moesys.kernels import BankView, ExpertForm, ModuleView
 from moesys.moe.routing import Routing
 from moesys.store import SectionCache
@@ -100,6 +100,10 @@ class CachedSource:
                     del left[key]
                     pinned.discard(key)
                 yield self._lend(layer, ready)
+        except SectionReadError:
+            # What fails for the same reason shall not be met by the next who asks for it.
+            cache.settle(list(pinned))
+            raise
         finally:
             for key in pinned:
                 cache.unpin(key)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.errors import RoutingError, ShapeError
-from moesys.kernels import compute_experts, compute_experts_summed, sum_rows
+from moesys.kernels import compute_experts, compute_experts_summed, sum_rows, use_kernel
 from moesys.moe.choice import Choice
 from moesys.moe.config import MoEConfig
 from moesys.moe.coverage import require_all_served, require_each_expert_once
@@ -110,7 +110,11 @@ class MoELayer(nn.Module):
             raise ShapeError(f"x must be floating point, got {x.dtype}; embed or cast it first")
         if execution is None:
             execution = Execution(LocalDispatcher(), ResidentSource({self.layer_id: self.experts}))
-        x_TD = x.reshape(-1, self.hidden_size)
+        with use_kernel(execution.kernel):
+            y_TD, routing = self._compute(x.reshape(-1, self.hidden_size), execution, given)
+        return y_TD.view(x.shape).to(x.dtype), routing
+
+    def _compute(self, x_TD: Tensor, execution: Execution, given: Choice | None) -> tuple[Tensor, Routing]:
         routing = self._route(x_TD, execution, given)
         execution.source.hint(self.layer_id, routing)
         if isinstance(self.experts, ExpertBank):
@@ -121,7 +125,7 @@ class MoELayer(nn.Module):
             y_TD = self.residual(x_TD, y_TD)
         if self.shared_expert is not None:
             y_TD = y_TD + self._compute_shared(x_TD, self.shared_expert)
-        return y_TD.view(x.shape).to(x.dtype), routing
+        return y_TD, routing
 
     def _route(self, x_TD: Tensor, execution: Execution, given: Choice | None) -> Routing:
         """Routes, checks and drops, or repeats what the tape says was decided."""

@@ -85,18 +85,14 @@ class SectionCache:
         return key in self._entries
 
     def demand(self, key: Hashable) -> None:
-        """Counts that a section is needed now, and makes a prefetch under way urgent; one that has already failed is
-        forgotten, so that it is read anew."""
-        entry = self._loading.get(key)
-        if entry is not None and entry.error is not None:
-            self.collect()
-            entry = None
-        if entry is not None and entry.read is not None:
-            self._reader.hurry(entry.read)
+        """Counts that a section is needed now, and makes a prefetch under way urgent."""
         if self.is_ready(key):
             self.stats.num_hits += 1
-        else:
-            self.stats.num_misses += 1
+            return
+        self.stats.num_misses += 1
+        entry = self._loading.get(key)
+        if entry is not None and entry.read is not None:
+            self._reader.hurry(entry.read)
 
     def start(self, key: Hashable) -> bool:
         """Starts to load a section that is not here; returns False when every slot is pinned or still being filled."""
@@ -171,6 +167,12 @@ class SectionCache:
         self.collect()
         self._raise_failed(keys)
         return True
+
+    def settle(self, keys: Sequence[Hashable]) -> None:
+        """Waits until none of these sections is on its way, whether it arrived or failed."""
+        while reads := [entry.read for key in keys if (entry := self._loading.get(key)) and entry.read]:
+            self._reader.wait_any(reads)
+            self.collect()
 
     def _raise_failed(self, keys: Sequence[Hashable]) -> None:
         for key in keys:

@@ -42,7 +42,7 @@ class LeastRecent:
 
     def record_use(self, key: Hashable) -> None:
         """See `Policy`."""
-        pass
+        self._by_age.move_to_end(key)
 
     def record_eviction(self, key: Hashable) -> None:
         """See `Policy`."""

@@ -25,7 +25,7 @@ def sum_rows(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum, kernel: Kerne
     """
 
     def find_obstacle() -> Obstacle | None:
-        return _find_native_obstacle(y_AD, weights_A)
+        return _find_native_obstacle(y_AD, weights_A, token_sum)
 
     obstacles = {Kernel.NATIVE: find_obstacle, Kernel.TORCH: _none, Kernel.REFERENCE: _none}
     if choose_kernel("row_sum", kernel, obstacles) is Kernel.NATIVE:
@@ -45,9 +45,13 @@ def add_rows(y_AD: Tensor, token_sum: TokenSum) -> Tensor:
     return _sum(y_AD, token_sum, None)
 
 
-def _find_native_obstacle(y_AD: Tensor, weights_A: Tensor) -> Obstacle | None:
+def _find_native_obstacle(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum) -> Obstacle | None:
     if y_AD.device.type != "cpu" or y_AD.dtype not in (torch.float32, torch.bfloat16):
         return Obstacle(f"it sums float32 or bfloat16 rows on a CPU, these are {y_AD.dtype} on {y_AD.device}")
+    for index in (token_sum.positions, token_sum.offsets):
+        if index.dtype is not torch.int64 or not index.is_cpu:
+            reason = f"it takes int64 positions and offsets on a CPU, got {index.dtype} on {index.device}"
+            return Obstacle(reason, "convert them in the dispatcher")
     if is_watched(y_AD) or is_watched(weights_A):
         return Obstacle("it computes no gradients; use it under torch.no_grad()")
     if torch.compiler.is_compiling() or is_transformed(y_AD, weights_A):

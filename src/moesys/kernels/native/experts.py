@@ -9,7 +9,14 @@ from torch import Tensor
 
 from moesys.errors import ShapeError
 from moesys.kernels.native.library import load_library
-from moesys.kernels.native.operands import FLOAT32, ActivationBuffers, new_padded, pack_matrix, point
+from moesys.kernels.native.operands import (
+    FLOAT32,
+    ActivationBuffers,
+    new_padded,
+    pack_matrix,
+    point,
+    require_readable,
+)
 from moesys.kernels.native.row_sum import SumBuffers
 from moesys.kernels.native.structures import ExpertsCall
 from moesys.kernels.native.weight_format import WeightFormat, find_format
@@ -21,7 +28,7 @@ _ACTIVATIONS = (Activation.SWIGLU, Activation.CLAMPED_SWIGLU, Activation.GELU, A
 
 def compute_experts(rows: Rows, view: BankView) -> Tensor:
     """Computes float32 rows per assignment for float32 or bfloat16 ``rows.x_RD``. Rows of experts that the view does
-    not hold are zero. Raises `ShapeError` for an index out of range."""
+    not hold are zero. Raises `ShapeError` for indices that are not int64 on a CPU or out of range."""
     return _compute(rows, view, None)
 
 
@@ -34,6 +41,7 @@ def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_
 
 
 def _compute(rows: Rows, view: BankView, sums: SumBuffers | None) -> Tensor:
+    require_readable(torch.int64, rows.row_ids, rows.offsets, view.slot_of_expert)
     num_assignments, hidden = rows.num_assignments, rows.x_RD.shape[1]
     inner = view.gate_up_SFD.shape[1] // view.form.num_halves
     new_rows = torch.empty if view.covers_all else torch.zeros

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesys.errors import ShapeError
 from moesys.kernels.formats import GROUP_SIZE, Int8Weight
 from moesys.kernels.native.library import load_library
 from moesys.kernels.native.structures import Activations, Matrix
@@ -68,6 +69,16 @@ def pack_matrix(weight: Weight) -> Matrix:
     assert form is not None
     assert values.is_contiguous()
     return Matrix(int(form), values.data_ptr(), point(scales), values.shape[-2], values.shape[-1])
+
+
+def require_readable(dtype: torch.dtype, *tensors: Tensor | None) -> None:
+    """Raises `ShapeError` for a tensor that C would misread: of another dtype, or not in the CPU's memory."""
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype is not dtype or not tensor.is_cpu):
+            raise ShapeError(
+                f"a native kernel reads {dtype} on a CPU here, got {tensor.dtype} on {tensor.device}; convert it, or "
+                "choose the kernel 'torch'"
+            )
 
 
 def point(tensor: Tensor | None) -> int | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesys.kernels.fork import require_threads
 from moesys.kernels.native.library import load_library
-from moesys.kernels.native.operands import FLOAT32, ActivationBuffers, pack_matrix, point
+from moesys.kernels.native.operands import FLOAT32, ActivationBuffers, pack_matrix, point, require_readable
 from moesys.kernels.native.structures import Activations, LinearCall, Matrix, ProductCall
 from moesys.kernels.native.weight_format import WeightFormat
 from moesys.kernels.records import Weight
@@ -63,5 +63,6 @@ def compute_product(left: Tensor, right: Tensor, out: Tensor, *, adds: bool) -> 
 def read_memory(buffer: Tensor) -> float:
     """Reads a float32 buffer once with all threads and returns its sum; for measuring the rate. Raises `KernelError`
     where a fork has lost the threads."""
+    require_readable(torch.float32, buffer)
     require_threads()
     return load_library().moesys_read(buffer.data_ptr(), buffer.numel(), torch.get_num_threads())

@@ -1,4 +1,7 @@
-"""The small steps of routing in C: choosing, weighing and grouping by expert. float32 scores and weights."""
+"""The small steps of routing in C: choosing, weighing and grouping by expert.
+
+Scores and weights are float32, ids and offsets int64, all on a CPU; others raise `ShapeError`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from moesys.errors import ShapeError
 from moesys.kernels.native.library import load_library
+from moesys.kernels.native.operands import require_readable
 from moesys.kernels.native.structures import GroupingCall, TopKCall, WeighingCall
 
 
@@ -18,6 +22,7 @@ def choose_top_k(scores_TE: Tensor, k: int) -> Tensor:
     num_tokens, num_experts = scores_TE.shape
     if not 1 <= k <= num_experts:
         raise ShapeError(f"k ({k}) must be between 1 and the number of experts ({num_experts})")
+    require_readable(torch.float32, scores_TE)
     scores_TE = scores_TE.contiguous()
     ids_TK = torch.empty(num_tokens, k, dtype=torch.int64, device="cpu")
     threads = torch.get_num_threads()
@@ -38,6 +43,8 @@ def weigh_choice(
             f"offsets of {token_offsets.shape[0] - 1} tokens do not fit scores of {num_tokens}; give each token its "
             "experts"
         )
+    require_readable(torch.float32, scores_TE)
+    require_readable(torch.int64, expert_ids, token_offsets)
     scores_TE, expert_ids, token_offsets = (t.contiguous() for t in (scores_TE, expert_ids, token_offsets))
     weights_A = torch.empty(expert_ids.shape[0], dtype=torch.float32, device="cpu")
     call = WeighingCall(
@@ -67,6 +74,8 @@ def group_by_expert(
             f"there must be one weight per expert id ({num_assignments}) and offsets that begin with 0, got "
             f"{weights_A.shape[0]} weights and {token_offsets.shape[0]} offsets"
         )
+    require_readable(torch.float32, weights_A)
+    require_readable(torch.int64, expert_ids, token_offsets)
     expert_ids, weights_A, token_offsets = (t.contiguous() for t in (expert_ids, weights_A, token_offsets))
     row_ids, positions = torch.empty_like(expert_ids), torch.empty_like(expert_ids)
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device="cpu")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moesys.errors import ShapeError
 from moesys.kernels.native.library import load_library
+from moesys.kernels.native.operands import require_readable
 from moesys.kernels.native.structures import RowSumCall, RowSums
 from moesys.kernels.records import TokenSum
 
@@ -17,9 +18,12 @@ class SumBuffers:
     """The sums of one call as the record of row_sum.h, their results and the memory behind the pointers."""
 
     def __init__(self, weights_A: Tensor, token_sum: TokenSum, columns: int, dtype: torch.dtype) -> None:
-        """``dtype`` is that of the results; rows are rounded to it before they are weighted."""
+        """``dtype`` is that of the results; rows are rounded to it before they are weighted. Raises `ShapeError` for
+        indices that are not int64 on a CPU, and for weights elsewhere."""
+        require_readable(torch.int64, token_sum.positions, token_sum.offsets)
         self.results_RD = torch.empty(token_sum.num_results, columns, dtype=dtype, device="cpu")
         self._weights_A = weights_A.float().contiguous()
+        require_readable(torch.float32, self._weights_A)
         self._positions = token_sum.positions.contiguous()
         self._offsets = token_sum.offsets.contiguous()
         self.record = RowSums(
@@ -42,6 +46,8 @@ def sum_rows(y_AD: Tensor, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
             f"there must be one weight per row ({num_rows}) and offsets that begin with 0, got shape "
             f"{tuple(weights_A.shape)} and {token_sum.offsets.shape[0]} offsets"
         )
+    if y_AD.dtype is not torch.bfloat16:
+        require_readable(torch.float32, y_AD)
     sums = SumBuffers(weights_A, token_sum, columns, y_AD.dtype)
     y_AD = y_AD.contiguous()
     call = RowSumCall(
