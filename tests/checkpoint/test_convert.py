@@ -199,6 +199,53 @@ def test_verifying_compares_names_shapes_dtypes_and_every_byte(
             verification.compare_weights(model, family, tmp_path / "model", torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_tensors_under_another_config_do_not_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    write_model(tmp_path / "source", FAMILY_KEYS["llama"])
+
+    def save_another_epsilon(model: Any, folder: Path, *arguments: Any, **options: Any) -> Any:
+        exported = save_model(model, folder, *arguments, **options)
+        keys = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(keys | {"rms_norm_eps": 2 * keys["rms_norm_eps"] + 1e-3}))
+        return exported
+
+    monkeypatch.setattr("moesys.checkpoint.convert.save_model", save_another_epsilon)
+    with pytest.raises(CheckpointError, match=r"logits of a prompt differ, .* its config\.json describes another"):
+        convert_model(tmp_path / "source", tmp_path / "copy", dtype, verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_logits_that_are_not_numbers_do_not_verify(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", FAMILY_KEYS["llama"])
+    path = tmp_path / "source" / WEIGHTS
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"nothing can be verified.* 1024 of 1024 are NaN or infinite"):
+        convert_model(tmp_path / "source", tmp_path / "copy", verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_a_dtype_does_to_the_logits_is_bounded(tmp_path: Path) -> None:
+    expected = compute_prompt_logits(write_model(tmp_path / "model", FAMILY_KEYS["llama"]))
+    verified = verification.compare_logits(expected, tmp_path / "model", 1, expected * 1.4)
+    assert verified.logit_difference == pytest.approx(0.4 * expected.abs().max().item())
+    assert "the change of dtype moves these logits" in verified.describe()
+    with pytest.raises(CheckpointError, match=r"move by 0\.6 of their norm, more than 0\.5; .* write fp32"):
+        verification.compare_logits(expected, tmp_path / "model", 1, expected * 2.5)
+    with pytest.raises(CheckpointError, match="2 of 1024 are NaN or infinite"):
+        verification.compare_logits(expected, tmp_path / "model", 1, expected.index_fill(1, torch.tensor([3]), 1).flatten().index_fill(0, torch.tensor([5, 9]), torch.inf).view_as(expected))
+
+
+def test_routers_rounded_or_kept_in_float32_verify_in_bfloat16(tmp_path: Path) -> None:
+    for name in ("deepseek_v3", "phimoe", "gpt_oss"):
+        write_model(tmp_path / name, FAMILY_KEYS[name])
+        converted = convert_model(tmp_path / name, tmp_path / f"{name}-bf16", torch.bfloat16, verify=True)
+        assert converted.verification is not None
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     write_model(tmp_path / "source", FAMILY_KEYS["llama"])
 

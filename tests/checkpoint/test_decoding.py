@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,39 @@ def test_fp8_with_one_factor_per_matrix(tmp_path: Path) -> None:
             stored[name] = tensor
     write_quantised(tmp_path, stored, {"quant_method": "fp8", "weight_block_size": None})
     assert_loads_as(tmp_path, meant, torch.float32)
+
+
+@pytest.mark.parametrize("ending", [".weight_scale_inv", ".scale", ".qscale_weight"])
+def test_factors_are_found_under_every_name_in_use(tmp_path: Path, ending: str) -> None:
+    meant = make_checkpoint(tmp_path, DEEPSEEK)
+    stored: dict[str, Tensor] = {}
+    for name, tensor in meant.items():
+        if is_matrix_in_fp8(name, tensor):
+            factors_name = name.removesuffix(".weight") + ending
+            stored[name], stored[factors_name], meant[name] = quantise_fp8(tensor, (4, 8), torch.clone)
+        else:
+            stored[name] = tensor
+    write_quantised(tmp_path, stored, {"quant_method": "fp8", "weight_block_size": [4, 8]})
+    assert_loads_as(tmp_path, meant, torch.float32)
+
+
+def test_factors_under_two_names_are_refused(quantised: tuple[Path, str]) -> None:
+    folder, name = quantised
+    tensors = load_file(folder / WEIGHTS)
+    second = f"{name.removesuffix('.weight')}.scale"
+    save_file(tensors | {second: tensors[f"{name}_scale_inv"].clone()}, folder / WEIGHTS)
+    with pytest.raises(ModelFormatError, match=f"not expected: {re.escape(second)}"):
+        load_model(folder)
+
+
+def test_a_wrong_shape_of_factors_is_told_by_their_own_name(quantised: tuple[Path, str]) -> None:
+    folder, name = quantised
+    tensors = load_file(folder / WEIGHTS)
+    factors_name = f"{name.removesuffix('.weight')}.qscale_weight"
+    tensors[factors_name] = tensors.pop(f"{name}_scale_inv")[:, :2].contiguous()
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ModelFormatError, match=re.escape(f"{factors_name} has shape (6, 2)")):
+        load_model(folder)
 
 
 def test_stacked_experts_in_fp8(tmp_path: Path) -> None:

@@ -122,11 +122,19 @@ def test_an_unknown_family_names_those_that_are_known(folder: Path) -> None:
     assert_refused(folder, "model_type '' is not supported")
 
 
-def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
+def test_code_of_a_checkpoint_is_never_run_and_that_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     code = {"AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"}
     (folder / "modeling_evil.py").write_text("raise SystemExit('run')")
+    load_model(folder)
+    assert caplog.records == []
     edit_config(folder, auto_map=code)
     assert load_model(folder).config == make_decoder().config
+    [record] = caplog.records
+    assert (record.name, record.levelname) == ("moesys", "WARNING")
+    assert "'modeling_evil.EvilForCausalLM'" in record.message
+    assert "which is ignored: moesys never runs it, and computes qwen3_moe by its own" in record.message
     edit_config(folder, model_type="evil")
     assert_refused(
         folder, "'evil' is not supported", "auto_map asks for code of the checkpoint", "never runs"

@@ -18,9 +18,9 @@ from moesys.checkpoint.safetensors_header import TensorRecord
 from moesys.checkpoint.stored_chunks import iterate_chunks
 from moesys.checkpoint.streaming import DirectPiece, StagedPiece, stream
 from moesys.checkpoint.tensor_source import copy_range, find_source
-from moesys.checkpoint.weight_memory import allocate_weight
 from moesys.errors import ModelFormatError
 from moesys.models import StoredTensor
+from moesys.store import allocate_weight
 
 VIEWS: dict[str, Callable[[], tuple[Tensor, tuple[int, ...]]]] = {
     "whole": lambda: (torch.full((6, 10), -1.0), (6, 10)),

@@ -1,7 +1,8 @@
-"""Damaged checkpoints: each ends in an error of ours or in exactly the tensors that the files hold.
+"""Damaged checkpoints: each ends in an error of ours or in exactly the tensors that the files hold, in a model that runs.
 
 A process of its own, with a limit on its memory, damages small checkpoints at random and loads them. The judge of a
-load that succeeds is the safetensors library: it must accept the files too, and every tensor must be the one it reads.
+load that succeeds is the safetensors library: it must accept the files too, every tensor must be the one it reads, and
+no tensor of the files may be left over. Then a few tokens must give finite logits, or an error of ours.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_checkpoints import DEEPSEEK, GPT_OSS, WEIGHTS, make_checkpoint, quantise_fp8, write_quantised
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from moesys.models import (
     Decoder,
     DecoderConfig,
     DenseConfig,
+    DocumentAttend,
     Encoding,
     QKNorm,
     RopeConfig,
@@ -44,6 +46,9 @@ from moesys.moe import MoEConfig
 
 MEMORY_BYTES = 2**30
 SLOWEST_SECONDS = 5.0
+LARGEST_USUAL = 1e4
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SCALE_ENDINGS = ("_scale_inv", "_blocks", "_scales")
 VALUES = [
     None,
     True,
@@ -294,6 +299,23 @@ def damage_folder(folder: Path, dice: random.Random) -> None:
             other.write_bytes(contents)
 
 
+def damage_match(folder: Path, dice: random.Random) -> None:
+    """Leaves tensors without a place: one more in a file, or a layer that ``config.json`` no longer asks for."""
+    if dice.random() < 0.5:
+        keys = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(keys | {"num_hidden_layers": 1}))
+        return
+    path, index = pick_weights(folder, dice), folder / INDEX_NAME
+    tensors = load_file(path)
+    name = dice.choice(sorted(tensors))
+    further = dice.choice(["further", f"{name}.further", name.replace("layers.1", "layers.2"), HEAD])
+    save_file({further: tensors[name].clone()} | tensors, path)
+    if index.exists():
+        keys = json.loads(index.read_text())
+        keys["weight_map"].setdefault(further, path.name)
+        index.write_text(json.dumps(keys))
+
+
 DAMAGES: tuple[Damage, ...] = (
     truncate,
     damage_length,
@@ -307,11 +329,53 @@ DAMAGES: tuple[Damage, ...] = (
     damage_config,
     damage_index,
     damage_folder,
+    damage_match,
 )
 
 
 def check_loaded(folder: Path, model: Decoder) -> None:
-    """Raises AssertionError when a loaded model holds other tensors than the library reads from the files."""
+    """Raises AssertionError when a loaded model holds other tensors than the library reads from the files, or fewer,
+    or when its logits are not finite though the weights are of a usual size."""
+    files = read_files(folder)
+    keys = read_config_file(folder)
+    quantization = keys.get("quantization_config") or {}
+    block = quantization.get("weight_block_size") or [10**9, 10**9]
+    if model.head is None and HEAD in files:
+        head = files.pop(HEAD)
+        assert same_numbers(head, files.setdefault(EMBEDDING, head)), "the head is not the embedding"
+    used: set[str] = set()
+    for stored in find_family(keys).list_tensors(model, files.keys()):
+        expected = read_expected(stored, files, block).to(stored.view.dtype)
+        found = stored.view.reshape(stored.shape)
+        assert expected.shape == found.shape, stored.name
+        assert same_numbers(expected, found), stored.name
+        used |= {stored.name, *(f"{stored.name}{ending}" for ending in SCALE_ENDINGS)}
+    left_over = {name for name in files.keys() - used if not name.endswith("rotary_emb.inv_freq")}
+    assert not left_over, f"never read: {sorted(left_over)}"
+
+
+def check_runs(model: Decoder) -> None:
+    """Raises AssertionError when logits are not finite though all weights are of a usual size."""
+    length = min(4, model.config.position_limit)
+    token_ids = torch.arange(length).remainder(model.config.vocab_size)
+    with torch.no_grad():
+        hidden_BSD = model(token_ids[None], torch.arange(length)[None], DocumentAttend(None)).hidden_BSD
+        logits = model.compute_logits(hidden_BSD)
+    if all(is_usual(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        assert logits.isfinite().all(), "the logits are not finite"
+
+
+def is_usual(tensor: Tensor) -> bool:
+    """Whether no number is NaN or so large that it says for itself that the files were damaged."""
+    return bool((tensor.abs() <= LARGEST_USUAL).all())
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def read_files(folder: Path) -> dict[str, Tensor]:
+    """Returns all tensors as the library reads them; raises AssertionError where it refuses a file."""
     index = folder / INDEX_NAME
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {WEIGHTS}
     files: dict[str, Tensor] = {}
@@ -320,16 +384,7 @@ def check_loaded(folder: Path, model: Decoder) -> None:
             files |= load_file(folder / name)
         except (SafetensorError, KeyError) as error:
             raise AssertionError(f"the library refuses {name}: {error}") from error
-    keys = read_config_file(folder)
-    quantization = keys.get("quantization_config") or {}
-    block = quantization.get("weight_block_size") or [10**9, 10**9]
-    if "lm_head.weight" in files and "model.embed_tokens.weight" not in files:
-        files["model.embed_tokens.weight"] = files["lm_head.weight"]
-    for stored in find_family(keys).list_tensors(model, files.keys()):
-        expected = read_expected(stored, files, block).to(stored.view.dtype)
-        found = stored.view.reshape(stored.shape)
-        assert expected.shape == found.shape, stored.name
-        assert ((expected == found) | (expected.isnan() & found.isnan())).all(), stored.name
+    return files
 
 
 def read_expected(stored: StoredTensor, files: dict[str, Tensor], block: list[int]) -> Tensor:
@@ -352,15 +407,29 @@ def read_expected(stored: StoredTensor, files: dict[str, Tensor], block: list[in
     return values.float() * factors[rows][:, columns]
 
 
+def try_loading(folder: Path) -> str:
+    """Returns how it ended. What `check_loaded` raises is never an end, whatever its kind."""
+    try:
+        model = load_model(folder)
+    except MoesysError:
+        return "refused"
+    check_loaded(folder, model)
+    try:
+        check_runs(model)
+    except MoesysError:
+        return "refused to run"
+    return "loaded"
+
+
 def run(folder: Path, first: int, count: int) -> dict[str, Any]:
     """Damages and loads ``count`` checkpoints in this process; returns what became of them."""
     for name, make in MAKERS.items():
         (folder / name).mkdir()
         make(folder / name)
-        load_model(folder / name)
+        assert try_loading(folder / name) == "loaded"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
-    ends = {"loaded": 0, "refused": 0}
+    ends = {"loaded": 0, "refused": 0, "refused to run": 0}
     failures: list[str] = []
     for seed in range(first, first + count):
         dice = random.Random(seed)
@@ -371,13 +440,11 @@ def run(folder: Path, first: int, count: int) -> dict[str, Any]:
         damage(damaged, dice)
         started = time.monotonic()
         try:
-            model = load_model(damaged)
-            ends["loaded"] += 1
-            check_loaded(damaged, model)
-        except MoesysError:
-            ends["refused"] += 1
-        except Exception as error:  # noqa: BLE001 - whatever else it is, it is what this looks for
+            end = try_loading(damaged)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
             failures.append(f"seed {seed} ({base}, {damage.__name__}): {type(error).__name__}: {error}")
+        else:
+            ends[end] += 1
         if (seconds := time.monotonic() - started) > SLOWEST_SECONDS:
             failures.append(f"seed {seed} ({base}, {damage.__name__}): took {seconds:.1f} s")
     return {**ends, "failures": failures}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from checkpoint.small_checkpoints import (
     DEEPSEEK,
     GPT_OSS,
@@ -16,8 +18,6 @@ from checkpoint.small_checkpoints import (
     quantise_fp8,
     write_quantised,
 )
-from torch import Tensor
-
 from moesys.checkpoint import (
     AS_PUBLISHED,
     convert_model,
@@ -106,6 +106,8 @@ def test_a_share_of_the_weights_decides_how_many_experts_stay(tmp_path: Path) ->
         with load_offloaded(folder, f"{share:.6f}%", num_positions=NUM_POSITIONS) as offloaded:
             assert offloaded.cache.pool.num_slots == num_slots
             assert f"{num_slots} of 24 experts" in offloaded.describe_plan()
+            in_memory = [p for p in offloaded.model.parameters() if not p.is_meta]
+            assert sum(p.numel() * 4 for p in in_memory) == offloaded.tier.core_bytes == core_bytes
     with load_offloaded(folder, "100%", num_positions=NUM_POSITIONS) as offloaded:
         assert offloaded.cache.pool.num_slots == 24
         generate_logits(offloaded.model, offloaded.execution)
@@ -275,7 +277,9 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     model = Decoder(DecoderConfig(61, 32, (GQA,), (DenseConfig(20),), tie_embeddings=False))
     save_model(model, tmp_path, torch.float32, {})
     with (
-        pytest.raises(ModelFormatError, match="has no experts that could stay on the disk; run it without --host-memory"),
+        pytest.raises(
+            ModelFormatError, match="has no experts that could stay on the disk; run it without --host-memory"
+        ),
         open_offloaded(tmp_path),
     ):
         pass

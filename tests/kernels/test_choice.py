@@ -13,11 +13,19 @@ from expert_cases import MIXED, compute, make_case
 from torch import Tensor
 
 from moesys.errors import KernelError
-from moesys.kernels import Kernel, choice, linear, linear_cross_entropy, multiply, native, use_kernel
+from moesys.kernels import (
+    Kernel,
+    choice,
+    compute_experts,
+    linear,
+    linear_cross_entropy,
+    multiply,
+    native,
+    use_kernel,
+)
 from moesys.kernels.choice import Obstacle, choose_kernel, is_torch_certain, read_wish
 from moesys.kernels.products import api as products
 from moesys.moe import Execution, LocalDispatcher, MoEConfig, MoELayer, ResidentSource
-
 
 NATIVE_FUNCTIONS = (
     "choose_top_k", "compute_experts", "compute_experts_summed", "compute_linear", "compute_product", "group_by_expert",
@@ -167,7 +175,13 @@ def test_the_kernel_of_an_execution_computes_the_whole_layer(native_calls: list[
     execution = Execution(LocalDispatcher(), ResidentSource({0: layer.experts}))
     with torch.no_grad():
         layer(x, execution)
-        steps = {"choose_top_k", "weigh_choice", "group_by_expert", "compute_experts_summed", "compute_linear"}
+        steps = {
+            "choose_top_k",
+            "weigh_choice",
+            "group_by_expert",
+            "compute_experts_summed",
+            "compute_linear",
+        }
         assert set(native_calls) == steps
         native_calls.clear()
         layer(x, replace(execution, kernel=Kernel.TORCH))
@@ -266,3 +280,17 @@ def test_nothing_is_promised_where_native_cannot_run(
 def test_an_operator_that_nothing_can_compute_says_so() -> None:
     with pytest.raises(KernelError, match="no implementation of nothing can compute this call"):
         choose_kernel("nothing", Kernel.AUTO, {Kernel.NATIVE: lambda: Obstacle("it is Tuesday")})
+
+
+def test_indices_on_another_device_are_no_call_for_native() -> None:
+    case = make_case(*MIXED, dtype=torch.float32).with_slots([3, 1, 0, 2], 4)
+    for rows, view in (
+        (replace(case.rows, row_ids=case.row_ids.to("meta")), case.view),
+        (replace(case.rows, offsets=case.offsets.to("meta")), case.view),
+        (case.rows, replace(case.view, slot_of_expert=case.view.slot_of_expert.to("meta"))),  # pyrefly: ignore
+    ):
+        with (
+            torch.no_grad(),
+            pytest.raises(KernelError, match=r"it runs on CPU tensors; they are on .*'meta'"),
+        ):
+            compute_experts(rows, view, kernel=Kernel.NATIVE)

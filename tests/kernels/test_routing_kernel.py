@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -122,6 +124,24 @@ def test_lists_of_other_lengths_are_refused() -> None:
         group_by_expert(ids, torch.rand(4), offsets, 4)
     with pytest.raises(ShapeError, match="offsets that begin with 0"):
         group_by_expert(ids, torch.rand(3), offsets[:0], 4)
+
+
+@pytest.mark.parametrize("convert", [lambda t: t.double(), lambda t: t.int(), lambda t: t.to("meta")])
+def test_what_c_would_misread_is_refused(convert: Callable[[Tensor], Tensor]) -> None:
+    scores, ids, offsets = torch.rand(3, 4), torch.tensor([0, 1, 2]), torch.arange(4)
+    weights = scores[:, 0]
+    calls = [
+        lambda: choose_top_k(convert(scores), 2),
+        lambda: weigh_choice(convert(scores), ids, offsets, None),
+        lambda: weigh_choice(scores, convert(ids), offsets, None),
+        lambda: weigh_choice(scores, ids, convert(offsets), None),
+        lambda: group_by_expert(convert(ids), weights, offsets, 4),
+        lambda: group_by_expert(ids, convert(weights), offsets, 4),
+        lambda: group_by_expert(ids, weights, convert(offsets), 4),
+    ]
+    for call in calls:
+        with pytest.raises(ShapeError, match=r"reads torch\.(float32|int64) on a CPU here, got"):
+            call()
 
 
 def test_torch_computes_what_these_do_not_take() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,6 +19,7 @@ from moesys.kernels import (
     TokenSum,
     compute_experts,
     compute_experts_summed,
+    native,
     sum_rows,
     use_kernel,
 )
@@ -157,6 +158,28 @@ def test_indices_out_of_range_are_refused(positions: list[int], offsets: list[in
             TokenSum(torch.tensor(positions), torch.tensor(offsets)),
             kernel=Kernel.NATIVE,
         )
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda ids: ids.int(), lambda ids: ids.to("meta")], ids=["int32", "meta"]
+)
+def test_indices_that_c_would_misread_are_not_its_call(convert: Callable[[Tensor], Tensor]) -> None:
+    y_AD, weights_A, token_sum = draw(6)
+    converted = TokenSum(convert(token_sum.positions), convert(token_sum.offsets))
+    with pytest.raises(KernelError, match=r"it takes int64 positions and offsets on a CPU, got torch\.int"):
+        sum_rows(y_AD, weights_A, converted, Kernel.NATIVE)
+    with pytest.raises(ShapeError, match=r"reads torch\.int64 on a CPU here, got torch\.int"):
+        native.sum_rows(y_AD, weights_A, converted)
+    with pytest.raises(ShapeError, match=r"reads torch\.float32 on a CPU here, got torch\.float32 on meta"):
+        native.sum_rows(y_AD, weights_A.to("meta"), token_sum)
+    with pytest.raises(ShapeError, match=r"reads torch\.float32 on a CPU here, got torch\.float64"):
+        native.sum_rows(y_AD.double(), weights_A, token_sum)
+
+
+def test_torch_sums_by_indices_of_four_bytes() -> None:
+    y_AD, weights_A, token_sum = draw(6)
+    short = TokenSum(token_sum.positions.int(), token_sum.offsets.int())
+    assert torch.equal(sum_rows(y_AD, weights_A, short), sum_rows_in_torch(y_AD, weights_A, token_sum))
 
 
 def test_a_wrong_number_of_weights_is_refused() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moesys.errors import SectionReadError, ShapeError, TrainingError
-from moesys.kernels import BankView, ExpertForm
-from moesys.moe import CachedLayer, CachedSource
+from moesys.kernels import BankView, ExpertForm, ModuleView, compute_experts, sum_rows
+from moesys.moe import CachedLayer, CachedSource, Execution, LocalDispatcher, MoEConfig, MoELayer
 from moesys.moe.cached_source import ExpertKey
 from moesys.store import (
     Extent,
@@ -116,10 +118,9 @@ def test_views_keep_their_weights_until_they_are_released(open_source: OPEN) -> 
 
 def test_views_that_hold_every_slot_are_an_error_and_no_wrong_weights(open_source: OPEN) -> None:
     source, cache = open_source(1, 8, num_slots=2)
-    views = []
+    views: list[BankView | ModuleView] = []
     with pytest.raises(ShapeError, match=r"all 2 slots are held by [12] views that were not released"):
-        for view in source.acquire(0, make_demand(range(8), 8)):
-            views.append(view)
+        views.extend(source.acquire(0, make_demand(range(8), 8)))
     assert sorted(e for view in views for e in list_right(view, 0)) == [0, 1]
     with pytest.raises(ShapeError, match="not released"):
         next(source.acquire(0, make_demand([5], 8)))
@@ -170,7 +171,45 @@ def test_closed_files_are_an_error_even_where_every_expert_is_there(open_source:
         next(source.acquire(0, make_demand([0], 4)))
 
 
-def count_loads(open_source: OPEN, num_layers: int, num_experts: int, num_slots: int, *, reads_ahead: bool) -> int:
+def test_after_an_error_nothing_is_on_its_way(open_source: OPEN) -> None:
+    source, cache = open_source(1, 8, num_slots=4)
+
+    def fail(descriptor: int, buffer: memoryview, offset: int) -> int:
+        if offset >= SECTION_BYTES:
+            time.sleep(0.05)
+        raise OSError(5, "Input/output error")
+
+    cache._reader._read_at = fail
+    with pytest.raises(SectionReadError, match="Input/output error"):
+        next(source.acquire(0, make_demand(range(4), 8)))
+    cache._reader._read_at = lambda descriptor, buffer, offset: os.preadv(descriptor, [buffer], offset)
+    run(source, 0, range(8), 8)
+
+
+def test_views_add_up_in_the_memory_of_the_first(open_source: OPEN, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = open_source(1, 8, num_slots=2)
+    layer = MoELayer(4, MoEConfig(8, 2, 3)).eval()
+    parts: list[Tensor] = []
+    totals: list[Tensor] = []
+
+    def compute(*arguments: Any, **options: Any) -> Tensor:
+        parts.append(compute_experts(*arguments, **options))
+        return parts[-1]
+
+    def sum_up(y_AD: Tensor, *arguments: Any) -> Tensor:
+        totals.append(y_AD)
+        return sum_rows(y_AD, *arguments)
+
+    monkeypatch.setattr("moesys.moe.layer.compute_experts", compute)
+    monkeypatch.setattr("moesys.moe.layer.sum_rows", sum_up)
+    layer(torch.randn(20, 4), Execution(LocalDispatcher(), source))
+    assert len(parts) > 3
+    assert totals[0].data_ptr() == parts[0].data_ptr()
+
+
+def count_loads(
+    open_source: OPEN, num_layers: int, num_experts: int, num_slots: int, *, reads_ahead: bool
+) -> int:
     source, cache = open_source(num_layers, num_experts, num_slots, 0.5 if reads_ahead else 2.0)
     for _ in range(3):
         for layer_id in range(num_layers):

@@ -108,7 +108,9 @@ def test_whatever_goes_wrong_in_a_thread_ends_the_read_and_the_thread_goes_on(
         raise error
 
     with SectionReader(1, read_at=fail) as reader:
-        with pytest.raises(SectionReadError, match=rf"section 4 at byte 160 .* {type(error).__name__}: {error}"):
+        with pytest.raises(
+            SectionReadError, match=rf"section 4 at byte 160 .* {type(error).__name__}: {error}"
+        ):
             read_now(reader, sections[4])
         reader._read_at = lambda descriptor, buffer, offset: os.preadv(descriptor, [buffer], offset)
         assert read_now(reader, sections[4])[:40] == (tmp_path / "weights.bin").read_bytes()[160:200]

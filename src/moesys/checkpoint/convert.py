@@ -22,6 +22,7 @@ from moesys.checkpoint.verification import (
     compare_logits,
     compare_weights,
     compute_prompt_logits,
+    compute_written_logits,
 )
 from moesys.data.tokenizer_files import read_tokenizer_files
 from moesys.errors import ConfigError
@@ -78,7 +79,7 @@ def convert_model(
     family = form.arrange(layout.decoder, layout.family)
     own_dtype = read_dtype(layout.keys)
     dtype = dtype or own_dtype
-    expected = compute_prompt_logits(load_model(source)) if verify and dtype != own_dtype else None
+    original = compute_prompt_logits(load_model(source)) if verify and dtype != own_dtype else None
     model = load_model(source, dtype, on_progress)
     num_parameters = model.count_parameters()
     kept = {key: layout.keys[key] for key in _KEPT_KEYS if key in layout.keys}
@@ -93,9 +94,9 @@ def convert_model(
         verification = None
         if verify:
             num_tensors = compare_weights(model, family, draft, dtype)
-            expected = compute_prompt_logits(model) if expected is None else expected
+            expected = compute_written_logits(model, family, dtype)
             del model
-            verification = compare_logits(expected, draft, num_tensors)
+            verification = compare_logits(expected, draft, num_tensors, original)
     return ConvertedModel(family.model_type, num_parameters, num_bytes, verification)
 
 

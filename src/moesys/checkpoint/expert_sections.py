@@ -89,7 +89,9 @@ def _require_plain(source: TensorSource, model: Decoder, family: Family) -> File
         reason, fix = "is stored as FP8", f"export the model first: {_EXPORT} --dtype bf16"
     else:
         reason, fix = "is stored in another order than the kernels take", "run it without --host-memory"
-        storages = [layout.experts.storage for layout in family.layout.moe if _has_plain_experts(layout, model)]
+        storages = [
+            layout.experts.storage for layout in family.layout.moe if _has_plain_experts(layout, model)
+        ]
         if storages:
             fix = f"export the model first: {_EXPORT} --experts {storages[0]}"
     raise ModelFormatError(
@@ -138,7 +140,7 @@ def _cut(
     """Yields the bytes of each expert that a tensor of the file holds, all or a part of one expert's matrix."""
     itemsize = values.record.torch_dtype.itemsize
     expert_bytes = math.prod(parameter.shape[1:]) * itemsize
-    first = view.storage_offset() * itemsize
+    first = int(view.storage_offset()) * itemsize
     for start in range(0, view.numel() * itemsize, expert_bytes):
         expert_id, offset = divmod(first + start, expert_bytes)
         num_bytes = min(expert_bytes, view.numel() * itemsize - start)

@@ -11,11 +11,12 @@ import difflib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moesys.checkpoint.model_files import (
     FileTensor,
@@ -28,7 +29,6 @@ from moesys.checkpoint.name_pattern import summarise_names
 from moesys.checkpoint.quantization import QUANTIZATION_KEY, Fp8Blocks, read_fp8_blocks
 from moesys.checkpoint.streaming import stream
 from moesys.checkpoint.tensor_source import TensorSource, find_source, list_expected
-from moesys.checkpoint.weight_memory import allocate_weight
 from moesys.errors import ModelFormatError, MoesysError
 from moesys.models import (
     FAMILIES,
@@ -39,6 +39,7 @@ from moesys.models import (
     make_skeleton,
 )
 from moesys.moe import Router
+from moesys.store import allocate_weight
 
 _MAX_LAYERS = 10_000
 _EMBEDDING_NAME = "model.embed_tokens.weight"
@@ -59,19 +60,79 @@ def load_model(
     Raises `ModelFormatError` for a folder, family or tensor that does not fit; it lists all that are missing, not
     expected or of a wrong shape.
     """
+    with open_unread_model(folder, dtype) as unread:
+        return unread.load(on_progress=on_progress)
+
+
+LeavesOut = Callable[[nn.Module], bool]
+"""Whether a module's own weights stay unread."""
+
+
+def _leave_out_nothing(module: nn.Module) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class UnreadModel:
+    """A folder whose names and shapes fit its config, and of which nothing but headers was read.
+
+    model:  without memory (the meta device); `load` fills it.
+    dtype:  of its weights, routers excepted.
+    """
+
+    folder: Path
+    family: Family
+    model: Decoder
+    dtype: torch.dtype
+    tensors: Mapping[str, FileTensor]
+    fp8: Fp8Blocks | None
+
+    def find_sources(self) -> list[TensorSource]:
+        """Returns where each of the model's tensors comes from, for the weights as they are now."""
+        return find_sources(self.folder, self.family, self.model, self.tensors, self.fp8)
+
+    def count_bytes(self, leaves_out: LeavesOut = _leave_out_nothing) -> int:
+        """Returns what the weights and buffers that `load` reads take in memory."""
+        total = 0
+        for module in self.model.modules():
+            if leaves_out(module):
+                continue
+            for parameter in module.parameters(recurse=False):
+                total += parameter.numel() * _choose_dtype(module, parameter, self.dtype).itemsize
+            total += sum(buffer.numel() * buffer.itemsize for buffer in module.buffers(recurse=False))
+        return total
+
+    def load(
+        self,
+        leaves_out: LeavesOut = _leave_out_nothing,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Decoder:
+        """Reads the weights and returns the model, for inference; what is left out stays without memory."""
+        _materialise(self.model, self.dtype, leaves_out)
+        sources = [source for source in self.find_sources() if not source.stored.view.is_meta]
+        _stream_sources(sources, on_progress)
+        return self.model.eval().requires_grad_(False)
+
+
+@contextmanager
+def open_unread_model(folder: Path, dtype: torch.dtype | None = None) -> Iterator[UnreadModel]:
+    """Gives a folder's model before any weight has memory; its files stay open inside.
+
+    dtype: as in `load_model`. Raises `ModelFormatError` as it does.
+    """
     keys = read_config_file(folder)
     family = find_family(keys)
+    report_ignored_code(family, keys)
     fp8 = read_fp8_blocks(keys)
     with open_model_files(folder) as tensors:
         check_num_layers(keys, tensors)
         config = read_decoder_config(folder / "config.json", family, keys)
         config, tensors = resolve_head(config, tensors)
         model = build_on_meta(folder, family, config, tensors)
-        find_sources(folder, family, model, tensors, fp8)
-        _materialise(model, dtype or read_dtype(keys))
-        sources = find_sources(folder, family, model, tensors, fp8)
-        stream_sources(sources, on_progress)
-    return model.eval().requires_grad_(False)
+        unread = UnreadModel(folder, family, model, dtype or read_dtype(keys), tensors, fp8)
+        # Only to refuse what does not fit before any weight has memory: sources point into the weights as they are now.
+        unread.find_sources()
+        yield unread
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -91,7 +152,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 def find_family(keys: Mapping[str, Any]) -> Family:
     """Returns the family of a ``config.json``; raises `ModelFormatError` listing those that are supported.
 
-    A family that moesys knows is computed by moesys' own code, also where ``auto_map`` names code of the checkpoint.
+    A family that moesys knows is computed by moesys' own code, also where ``auto_map`` names code of the checkpoint
+    (see `report_ignored_code`).
     """
     model_type = str(keys.get("model_type", ""))
     families = {name: family for family in FAMILIES for name in family.model_types}
@@ -111,6 +173,17 @@ def find_family(keys: Mapping[str, Any]) -> Family:
     raise ModelFormatError(
         f"model_type {model_type!r} is not supported (supported: {', '.join(families)}){hint}{code}"
     )
+
+
+def report_ignored_code(family: Family, keys: Mapping[str, Any]) -> None:
+    """Logs which code of the checkpoint is not run, where ``auto_map`` names any beside a family that moesys knows."""
+    if keys.get("auto_map"):
+        logging.getLogger("moesys").warning(
+            "config.json names code of the checkpoint in auto_map (%r), which is ignored: moesys never runs it, and "
+            "computes %s by its own",
+            keys["auto_map"],
+            family.model_type,
+        )
 
 
 def read_decoder_config(path: Path, family: Family, keys: Mapping[str, Any]) -> DecoderConfig:
@@ -173,6 +246,7 @@ def build_on_meta(
             "they do not belong together"
         )
     with refusing_odd_sizes(folder):
+        # Only for what it raises: sizes that cannot be cut as the layout cuts them are first noticed here.
         family.list_tensors(model, tensors.keys())
     return model
 
@@ -227,7 +301,7 @@ def find_sources(
     return sources
 
 
-def stream_sources(sources: list[TensorSource], on_progress: Callable[[int, int], None]) -> None:
+def _stream_sources(sources: list[TensorSource], on_progress: Callable[[int, int], None]) -> None:
     def first_span(source: TensorSource) -> tuple[str, int]:
         span = next(iter(source.tensors.values())).span
         return span.path.name, span.offset
@@ -255,13 +329,23 @@ def read_dtype(keys: Mapping[str, Any]) -> torch.dtype:
     return dtypes[name]
 
 
-def _materialise(model: Decoder, dtype: torch.dtype) -> None:
-    """Allocates every parameter once, in its final dtype, and every buffer, as zeros of its own."""
+def _materialise(model: Decoder, dtype: torch.dtype, leaves_out: LeavesOut) -> None:
+    """Allocates every parameter once, in its final dtype, and every buffer, as zeros of its own. What is left out takes
+    its dtype and no memory."""
     for module in model.modules():
+        is_left_out = leaves_out(module)
         for name, parameter in module.named_parameters(recurse=False):
-            memory = allocate_weight(
-                tuple(parameter.shape), parameter.dtype if isinstance(module, Router) else dtype
+            final = _choose_dtype(module, parameter, dtype)
+            memory = (
+                parameter.detach().to(final)
+                if is_left_out
+                else allocate_weight(tuple(parameter.shape), final)
             )
-            setattr(module, name, torch.nn.Parameter(memory, requires_grad=False))
+            setattr(module, name, nn.Parameter(memory, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+            if not is_left_out:
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+
+
+def _choose_dtype(module: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> torch.dtype:
+    return parameter.dtype if isinstance(module, Router) else dtype

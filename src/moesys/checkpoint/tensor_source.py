@@ -64,7 +64,7 @@ def list_expected(stored: StoredTensor, fp8: Fp8Blocks | None) -> dict[str, tupl
         return {f"{stored.name}_blocks": (*groups, MXFP4_GROUP // 2), f"{stored.name}_scales": groups}
     expected = {stored.name: stored.shape}
     if fp8 is not None:
-        expected[_factors_name(stored.name)] = _factors_shape(stored.shape, fp8)
+        expected[_list_factors_names(stored.name)[0]] = _factors_shape(stored.shape, fp8)
     return expected
 
 
@@ -83,8 +83,8 @@ def find_source(
         return None
     if fp8 is None or values.record.dtype != "F8_E4M3":
         return PlainSource(stored, values)
-    factors = files.get(_factors_name(stored.name))
-    return None if factors is None else Fp8Source(stored, values, factors, fp8)
+    name = next((name for name in _list_factors_names(stored.name) if name in files), None)
+    return None if name is None else Fp8Source(stored, values, name, files[name], fp8)
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,14 @@ class Fp8Source:
 
     stored: StoredTensor
     values: FileTensor
+    factors_name: str
     factors: FileTensor
     fp8: Fp8Blocks
 
     @property
     def tensors(self) -> dict[str, FileTensor]:
         """See `TensorSource`."""
-        return {self.stored.name: self.values, _factors_name(self.stored.name): self.factors}
+        return {self.stored.name: self.values, self.factors_name: self.factors}
 
     def find_misfits(self) -> Iterator[str]:
         """See `TensorSource`."""
@@ -154,11 +155,11 @@ class Fp8Source:
         yield from _find_wrong_shape(name, self.values, shape)
         expected = _factors_shape(shape, self.fp8)
         if self.fp8.rows is not None:
-            yield from _find_wrong_shape(_factors_name(name), self.factors, expected)
+            yield from _find_wrong_shape(self.factors_name, self.factors, expected)
         elif math.prod(self.factors.record.shape) != math.prod(expected):
-            yield f"{_factors_name(name)} has shape {self.factors.record.shape}, one factor per matrix is needed"
+            yield f"{self.factors_name} has shape {self.factors.record.shape}, one factor per matrix is needed"
         if self.factors.record.dtype not in ("F32", "BF16", *_EXPONENT_DTYPES):
-            yield f"{_factors_name(name)} is stored as {self.factors.record.dtype}; factors are F32, BF16 or exponents"
+            yield f"{self.factors_name} is stored as {self.factors.record.dtype}; factors are F32, BF16 or exponents"
 
     def iterate_pieces(self) -> Iterator[Piece]:
         """See `TensorSource`."""
@@ -290,8 +291,14 @@ def _find_wrong_shape(name: str, tensor: FileTensor, expected: tuple[int, ...]) 
         yield f"{name} has shape {tensor.record.shape}, config.json asks for {expected}"
 
 
-def _factors_name(name: str) -> str:
-    return f"{name}_scale_inv"
+def _list_factors_names(name: str) -> tuple[str, ...]:
+    """Returns what the factors of an FP8 tensor may be called, the usual name first.
+
+    DeepSeek-V4 says ``X.scale`` and Mistral ``X.qscale_weight`` for what is elsewhere ``X.weight_scale_inv``; all three
+    multiply.
+    """
+    others = (".scale", ".qscale_weight") if name.endswith(".weight") else ()
+    return (f"{name}_scale_inv", *(name.removesuffix(".weight") + other for other in others))
 
 
 def _factors_shape(shape: tuple[int, ...], fp8: Fp8Blocks) -> tuple[int, ...]:

@@ -130,9 +130,12 @@ class Generation:
     def _extend(self, sequence_id: int, start: int) -> float:
         """Runs the tokens from ``start`` on and draws the next one; returns the seconds that took."""
         begin = time.perf_counter()
-        for first in range(start, len(self._ids), self._prefill_tokens):
-            chunk = self._ids[first : first + self._prefill_tokens]
-            [[logits_V]] = self._engine.step([SequenceStep(sequence_id, first, chunk, num_logits=1)])
+        size = self._prefill_tokens
+        last = start + (len(self._ids) - start - 1) // size * size
+        for first in range(start, last, size):
+            chunk = self._ids[first : first + size]
+            self._engine.step([SequenceStep(sequence_id, first, chunk, num_logits=1)])
+        [[logits_V]] = self._engine.step([SequenceStep(sequence_id, last, self._ids[last:], num_logits=1)])
         self._ids.append(sample_token(logits_V, self._sampling, len(self._ids), self._ids))
         return time.perf_counter() - begin
 

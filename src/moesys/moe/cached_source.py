@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,8 +53,7 @@ class CachedSource:
         which the next layer is read ahead."""
         self._layers = dict(layers)
         self._share_to_stream = share_to_stream
-        order = sorted(layers)
-        self._next = dict(zip(order, order[1:], strict=False))
+        self._next = dict(pairwise(sorted(layers)))
         self._loans: dict[int, _Loan] = {}
 
     def hint(self, layer_id: int, routing: Routing) -> None:
@@ -112,7 +112,9 @@ class CachedSource:
         """See `ExpertSource`. Raises `ShapeError` for a view that is not lent, or is no longer."""
         loan = self._loans.pop(id(view), None)
         if loan is None:
-            raise ShapeError(f"layer {layer_id}: this view is not lent; release each view that was acquired once")
+            raise ShapeError(
+                f"layer {layer_id}: this view is not lent; release each view that was acquired once"
+            )
         for key in loan.keys:
             loan.cache.unpin(key)
 

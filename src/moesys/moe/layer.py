@@ -207,7 +207,12 @@ class MoELayer(nn.Module):
                 tables.append(view.slot_of_expert)
             finally:
                 execution.source.release(self.layer_id, view)
-            y_AD = view_y_AD if y_AD is None else y_AD + view_y_AD
+            if y_AD is None:
+                y_AD = view_y_AD
+            elif torch.is_grad_enabled():
+                y_AD = y_AD + view_y_AD
+            else:
+                y_AD += view_y_AD
         require_each_expert_once(self.layer_id, part.rows.offsets, tables)
         if y_AD is None:
             y_AD = part.rows.x_RD.new_zeros(0, part.rows.x_RD.shape[1])

@@ -1,7 +1,7 @@
 """Sections in slots: what is there, what is on its way, what may not leave, and who makes room.
 
-All bookkeeping happens in the caller's thread; only the bytes arrive from others. A section is not here, loading, ready,
-or failed; one that failed stays until the last who waits for it has heard of it. A pinned one is never evicted.
+All bookkeeping happens in the caller's thread; only the bytes arrive from others. A section is not here, loading,
+ready, or failed; one that failed stays until the last who waits for it has heard of it. A pinned one is never evicted.
 """
 
 from __future__ import annotations
@@ -142,9 +142,13 @@ class SectionCache:
             self._forget_failed(key, entry)
 
     def collect(self) -> None:
-        """Takes note of the reads that are done. A failed one that nobody waits for is forgotten, so that a later demand
-        tries again."""
-        done = [(key, entry) for key, entry in self._loading.items() if entry.read is not None and entry.read.is_done]
+        """Takes note of the reads that are done. A failed one that nobody waits for is forgotten, so that a later
+        demand tries again."""
+        done = [
+            (key, entry)
+            for key, entry in self._loading.items()
+            if entry.read is not None and entry.read.is_done
+        ]
         for key, entry in done:
             del self._loading[key]
             if entry.error is None:
@@ -154,8 +158,8 @@ class SectionCache:
                 self._forget_failed(key, entry)
 
     def wait_any(self, keys: Sequence[Hashable]) -> bool:
-        """Waits until one of these sections is ready or, where none is on its way, any other, whose slot may be had then;
-        returns False at once when nothing is on its way.
+        """Waits until one of these sections is ready or, where none is on its way, any other, whose slot may be had
+        then; returns False at once when nothing is on its way.
 
         Raises the `SectionReadError` of one of these sections that failed.
         """

@@ -23,13 +23,9 @@ def find_obstacle(rows: Rows, view: BankView | ModuleView, adapters: Adapters | 
     """Returns why the native kernel cannot take a checked call, or None."""
     if isinstance(view, ModuleView):
         return Obstacle("it computes banks of weights, and these experts are modules")
-    obstacle = find_native_obstacle(
-        rows.x_RD, [view.gate_up_SFD, view.down_SDF], [view.gate_up_bias_SF, view.down_bias_SD]
-    )
     indices = (rows.row_ids, rows.offsets, view.slot_of_expert)
-    devices = [str(index.device) for index in indices if index is not None and not index.is_cpu]
-    if obstacle is None and devices:
-        return Obstacle(f"it reads indices on a CPU and some are on {', '.join(devices)}")
+    others = (view.gate_up_bias_SF, view.down_bias_SD, *indices)
+    obstacle = find_native_obstacle(rows.x_RD, [view.gate_up_SFD, view.down_SDF], others)
     if obstacle is None and adapters is not None:
         return Obstacle("it computes no adapters", "add them to the weights (scale * b @ a)")
     return obstacle

@@ -23,8 +23,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, kernel: Kernel
     `KernelError` when the kernel asked for cannot take the call.
 
     ``auto`` takes the native kernel where no gradient is needed, which gives a row the same bits alone and among
-    thousands, and torch elsewhere. In ``torch.compile`` calls without gradients on a CPU are the operator
-    ``moesys::linear`` and calls with them are torch's own product.
+    thousands, and torch elsewhere. In ``torch.compile`` calls without derivatives on a CPU are the operator
+    ``moesys::linear`` and others torch's own product, unless another kernel is asked for: that one breaks the graph.
+    ``MOESYS_KERNEL`` counts as it was when the graph was captured.
     """
     _check(x, weight, bias)
     if torch.compiler.is_compiling():
