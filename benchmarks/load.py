@@ -1,19 +1,24 @@
 """Seconds from a model folder to the first logits, and peak memory, beside transformers; warm and cold.
 
-Every load is a process of its own (this script with ``--worker``), alternating A B B A. Warm: the files were just read
-and are in the page cache. Cold: they were dropped from it (posix_fadvise) after a sync. The clock starts after the
-imports, with the folder's path, and stops when the logits of a prompt are there, because a loader that maps files has
-done nothing yet when it returns. The disk's rate is measured in the same run by plain large reads of the same cold
-files. Peak memory is anonymous and shared memory above the same process before it loads: pages of mapped files are the
-system's to take back.
+Every load is a process of its own (this script with ``--worker``), alternating A B B A. Warm: the worker has just read
+the files into the page cache. Cold: it has dropped them from there (posix_fadvise) after a sync. How much of them was
+really in memory when the clock started is asked of the system (mincore), recorded, and told where it is not what the
+name says. The clock starts after the imports, with the folder's path, and stops when the logits of a prompt are there,
+because a loader that maps files has done nothing yet when it returns. The disk's rate is measured in the same run by
+plain large reads of the same cold files. Peak memory is anonymous and shared memory above the same process before it
+loads: pages of mapped files are the system's to take back.
+
+Every load must find the same token the likeliest to follow the prompt: a run in which two differ fails, since one of
+them loaded another model.
 
 A virtual machine hands freed memory back to its host within seconds, and gets it again far slower than any loader fills
-it. Every worker therefore touches and frees as much as it will need just before its clock starts.
+it. Every worker therefore touches and frees as much as it will need, before it reads or drops the files.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import mmap
 import os
@@ -26,7 +31,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import harness
 from harness import Claim, Measured, Outcome, Spread
@@ -43,6 +48,11 @@ MEMORY_FACTOR, MEMORY_EXTRA_BYTES = 1.02, 256 * 2**20
 PROMPT_TOKENS = 16
 READERS, READ_BYTES = 4, 16 * 2**20
 TOUCHED_BYTES = 2**20
+ODD_CACHE_SHARE = 0.01
+"""Of the files in memory when they should not be, or not when they should, from which on it is told."""
+
+Temperature = Literal["warm", "cold"]
+TEMPERATURES: tuple[Temperature, ...] = ("warm", "cold")
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,9 @@ QUICK = Plan("olmoe-2", rounds=1)
 
 @dataclass
 class Loads(Measured):
-    """The loads of one temperature, ``warm`` or ``cold``."""
+    """The loads of one temperature."""
 
-    temperature: str = field(kw_only=True)
+    temperature: Temperature = field(kw_only=True)
 
     def collect(self, system: str, what: str) -> list[float]:
         """A number of every load of a system, pass by pass."""
@@ -72,6 +82,22 @@ class Loads(Measured):
 
     def spread(self, system: str, what: str) -> Spread:
         return Spread.of(self.collect(system, what))
+
+    @property
+    def odd_cache_line(self) -> str | None:
+        """What to tell of the page cache where some load did not find it as ``temperature`` says; else None."""
+        shares = [float(record["cached_share"]) for records in self.records.values() for record in records]
+        if self.temperature == "cold":
+            worst = max(shares, default=0.0)
+            return (
+                f"not cold: up to {worst:.0%} of the files were in memory"
+                if worst > ODD_CACHE_SHARE
+                else None
+            )
+        worst = min(shares, default=1.0)
+        return (
+            f"not warm: only {worst:.0%} of the files were in memory" if worst < 1 - ODD_CACHE_SHARE else None
+        )
 
 
 class PeakAnonymous:
@@ -105,11 +131,11 @@ class PeakAnonymous:
         )
 
 
-def measure_worker(system: str, folder: Path, threads: int) -> dict[str, Any]:
+def measure_worker(system: str, folder: Path, threads: int, temperature: Temperature) -> dict[str, Any]:
     """In a fresh process: imports, then loads the folder and computes the logits of a prompt."""
     if system == DISK:
-        touch_memory(folder)
-        return measure_disk(folder)
+        cached_share = prepare_cache(folder, temperature)
+        return {**measure_disk(folder), "cached_share": cached_share}
     import torch
 
     torch.set_num_threads(threads)
@@ -122,7 +148,7 @@ def measure_worker(system: str, folder: Path, threads: int) -> dict[str, Any]:
             return {"skipped": str(error)}
     torch.mm(torch.zeros(64, 64).bfloat16(), torch.zeros(64, 64).bfloat16())
     tokens = torch.arange(PROMPT_TOKENS).unsqueeze(0) + 7
-    touch_memory(folder)
+    cached_share = prepare_cache(folder, temperature)
     memory = PeakAnonymous()
     started = time.perf_counter()
     compute_logits, weight_bytes = start(folder)
@@ -137,6 +163,7 @@ def measure_worker(system: str, folder: Path, threads: int) -> dict[str, Any]:
         "peak_bytes": memory.stop(),
         "weight_bytes": weight_bytes,
         "favourite": int(logits[-1].argmax()),
+        "cached_share": cached_share,
     }
 
 
@@ -202,6 +229,39 @@ def measure_disk(folder: Path) -> dict[str, Any]:
     return {"bytes_per_second": num_bytes / seconds}
 
 
+def prepare_cache(folder: Path, temperature: Temperature) -> float:
+    """Touches memory, then brings the files into the page cache or drops them; returns the share that is there."""
+    touch_memory(folder)
+    if temperature == "warm":
+        measure_disk(folder)
+    else:
+        drop_from_cache(folder)
+    return measure_cached_share(folder)
+
+
+def measure_cached_share(folder: Path) -> float:
+    """Returns which share of the weight files' pages is in the page cache, 0 to 1; reads none of them."""
+    import numpy as np
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    num_pages = num_cached = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+            is_cached = np.zeros(-(-len(mapping) // mmap.PAGESIZE), dtype=np.uint8)
+            view = np.frombuffer(mapping, dtype=np.uint8)
+            status = libc.mincore(
+                ctypes.c_void_p(view.ctypes.data),
+                ctypes.c_size_t(len(mapping)),
+                ctypes.c_void_p(is_cached.ctypes.data),
+            )
+            del view
+            if status:
+                raise OSError(ctypes.get_errno(), f"mincore of {path} failed")
+        num_pages += len(is_cached)
+        num_cached += int((is_cached & 1).sum())
+    return num_cached / num_pages
+
+
 def touch_memory(folder: Path) -> None:
     """Writes and frees memory for the weights and their pages in the cache, as far as that much is free.
 
@@ -226,12 +286,13 @@ def drop_from_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def start_worker(system: str, folder: Path, plan: Plan) -> Outcome:
+def start_worker(system: str, folder: Path, plan: Plan, temperature: Temperature) -> Outcome:
     arguments = ["--worker", system, "--folder", str(folder), "--threads", str(plan.threads)]
+    arguments += ["--temperature", temperature]
     return harness.run_worker(Path(__file__), arguments, plan.threads, plan.limit_seconds)
 
 
-def measure_loads(temperature: str, folder: Path, plan: Plan) -> Loads:
+def measure_loads(temperature: Temperature, folder: Path, plan: Plan) -> Loads:
     loads = Loads(temperature=temperature)
     systems = plan.systems if temperature == "warm" else (*plan.systems, DISK)
     passes = harness.alternating_passes(systems, plan.rounds)
@@ -240,12 +301,21 @@ def measure_loads(temperature: str, folder: Path, plan: Plan) -> Loads:
             if loads.is_out(system):
                 continue
             print(f"{temperature}: pass {number} of {len(passes)}, {system}", file=sys.stderr, flush=True)
-            if temperature == "warm":
-                measure_disk(folder)
-            else:
-                drop_from_cache(folder)
-            loads.add(system, start_worker(system, folder, plan))
+            loads.add(system, start_worker(system, folder, plan, temperature))
     return loads
+
+
+def find_disagreement(measured: Sequence[Loads]) -> str | None:
+    """Returns which system found which likeliest tokens where they are not all the same one, else None."""
+    favourites: dict[str, set[int]] = {}
+    for loads in measured:
+        for system, records in loads.records.items():
+            if system != DISK:
+                favourites.setdefault(system, set()).update(record["favourite"] for record in records)
+    if len(set().union(*favourites.values())) <= 1:
+        return None
+    found = ", ".join(f"{system} {sorted(tokens)}" for system, tokens in favourites.items())
+    return f"the loads are not of one model: the likeliest token after the prompt is, by system, {found}"
 
 
 def make_claims(warm: Loads, cold: Loads) -> list[Claim]:
@@ -310,6 +380,8 @@ def format_loads(loads: Loads) -> str:
         )
     header = ("system", "s to logits", "10-90 %", "s to load", "GB/s", "peak MiB", "peak / weights")
     lines = [loads.temperature, harness.format_table(header, rows), *loads.absence_lines]
+    if loads.odd_cache_line is not None:
+        lines.append(loads.odd_cache_line)
     if DISK in loads.records:
         rate = loads.spread(DISK, "bytes_per_second")
         lines.append(
@@ -336,6 +408,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--plot", type=Path, metavar="FILE", help="draw seconds to first logits; needs matplotlib"
     )
     parser.add_argument("--worker", choices=[*SYSTEMS, DISK], help=argparse.SUPPRESS)
+    parser.add_argument("--temperature", choices=TEMPERATURES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -360,16 +433,16 @@ def find_folder(options: argparse.Namespace, plan: Plan) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 1 when a claim is short or a system broke."""
+    """Returns 1 when a claim is short, a system broke or two loaded different models."""
     options = parse_arguments(arguments)
     plan = make_plan(options)
     if options.worker is not None:
-        print(json.dumps(measure_worker(options.worker, options.folder, plan.threads)))
+        print(json.dumps(measure_worker(options.worker, options.folder, plan.threads, options.temperature)))
         return 0
     machine = harness.describe_machine()
     folder = find_folder(options, plan)
     try:
-        warm, cold = (measure_loads(temperature, folder, plan) for temperature in ("warm", "cold"))
+        warm, cold = (measure_loads(temperature, folder, plan) for temperature in TEMPERATURES)
     finally:
         if options.remove:
             shutil.rmtree(folder)
@@ -384,6 +457,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for claim in claims:
         print(claim.line)
+    disagreement = find_disagreement([warm, cold])
+    if disagreement is not None:
+        print(disagreement)
     if options.json is not None:
         contents = {
             "benchmark": "load",
@@ -391,6 +467,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "shape": asdict(shape),
             "warm": asdict(warm),
             "cold": asdict(cold),
+            "odd_cache": [loads.odd_cache_line for loads in (warm, cold) if loads.odd_cache_line is not None],
+            "disagreement": disagreement,
             "claims": [claim.record for claim in claims],
         }
         harness.write_record(options.json, ROOT, machine, PACKAGES, contents)
@@ -402,7 +480,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for loads in (warm, cold)
         }
         harness.plot_bars(options.plot, "seconds to first logits", panels)
-    return int(bool(warm.failed or cold.failed) or any(claim.verdict == "short" for claim in claims))
+    is_broken = bool(warm.failed or cold.failed or disagreement is not None)
+    return int(is_broken or any(claim.verdict == "short" for claim in claims))
 
 
 if __name__ == "__main__":

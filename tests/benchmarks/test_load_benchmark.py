@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_loads(temperature: str, **systems: list[tuple[float, float, int]]) -> load.Loads:
+def make_loads(temperature: load.Temperature, **systems: list[tuple[float, float, int]]) -> load.Loads:
     """(seconds to load, seconds to first logits, peak bytes) of each pass; of the disk, its rate first."""
     loads = load.Loads(temperature=temperature)
     for name, passes in systems.items():
@@ -36,6 +38,8 @@ def make_loads(temperature: str, **systems: list[tuple[float, float, int]]) -> l
                 "peak_bytes": peak_bytes,
                 "weight_bytes": 1000,
                 "bytes_per_second": load_seconds,
+                "favourite": 7,
+                "cached_share": 1.0 if temperature == "warm" else 0.0,
             }
             loads.add(name.replace("_", "-"), Outcome(record=record))
     return loads
@@ -67,8 +71,9 @@ def test_published_sizes() -> None:
 
 def test_a_worker_measures_a_load(folder: Path) -> None:
     plan = load.Plan("tiny", threads=1)
-    outcome = load.start_worker(load.OURS, folder, plan)
+    outcome = load.start_worker(load.OURS, folder, plan, "warm")
     assert outcome.record is not None, outcome
+    assert outcome.record["cached_share"] == 1
     assert 0 < outcome.record["load_seconds"] <= outcome.record["first_logits_seconds"]
     assert outcome.record["weight_bytes"] >= 2 * TINY.num_parameters
     assert 0 <= outcome.record["favourite"] < TINY.vocab_size
@@ -77,6 +82,44 @@ def test_a_worker_measures_a_load(folder: Path) -> None:
 def test_the_disk_is_read_whole(folder: Path) -> None:
     load.drop_from_cache(folder)
     assert load.measure_disk(folder)["bytes_per_second"] > 0
+
+
+def test_the_share_in_the_page_cache_is_what_the_system_says(folder: Path) -> None:
+    assert load.prepare_cache(folder, "warm") == 1
+    share = load.prepare_cache(folder, "cold")
+    if share == 1:
+        pytest.skip("the file system of the tests keeps files in memory")
+    assert share == 0
+    [path] = folder.glob("*.safetensors")
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 10 * mmap.PAGESIZE, 0)
+    assert load.measure_cached_share(folder) == 10 / -(-path.stat().st_size // mmap.PAGESIZE)
+
+
+def test_a_cache_that_is_not_as_the_name_says_is_told() -> None:
+    warm, cold = (
+        make_loads(temperature, moesys=[(1.0, 2.0, 1)] * 2, transformers=[(1.0, 2.0, 1)])
+        for temperature in load.TEMPERATURES
+    )
+    assert (warm.odd_cache_line, cold.odd_cache_line) == (None, None)
+    warm.records["transformers"][0]["cached_share"] = 0.6
+    cold.records[load.OURS][1]["cached_share"] = 0.25
+    assert warm.odd_cache_line == "not warm: only 60% of the files were in memory"
+    assert cold.odd_cache_line == "not cold: up to 25% of the files were in memory"
+    assert "not cold: up to 25%" in load.format_loads(cold)
+
+
+def test_loads_of_different_models_are_told() -> None:
+    warm, cold = (
+        make_loads(temperature, moesys=[(1.0, 2.0, 1)] * 2, transformers=[(1.0, 2.0, 1)])
+        for temperature in load.TEMPERATURES
+    )
+    assert load.find_disagreement([warm, cold]) is None
+    cold.records["transformers"][0]["favourite"] = 8
+    found = load.find_disagreement([warm, cold])
+    assert found is not None
+    assert "moesys [7], transformers [7, 8]" in found
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
@@ -119,17 +162,18 @@ def test_claims_without_a_rival_are_skipped() -> None:
     assert verdicts["load/memory"] == ("ok", None)
 
 
-@pytest.mark.parametrize(("seconds", "code"), [(1.0, 1), (0.5, 0)])
+@pytest.mark.parametrize(("seconds", "favourite", "code"), [(1.0, 7, 1), (0.5, 7, 0), (0.5, 8, 1)])
 def test_main_writes_a_record_and_tells_by_its_exit_code(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     seconds: float,
+    favourite: int,
     code: int,
 ) -> None:
     started: list[tuple[str, bool]] = []
 
-    def start_worker(system: str, folder: Path, plan: load.Plan) -> Outcome:
+    def start_worker(system: str, folder: Path, plan: load.Plan, temperature: load.Temperature) -> Outcome:
         started.append((system, folder.name == "load-tiny"))
         mine = seconds if system == load.OURS else 1.0
         record: dict[str, Any] = {
@@ -138,6 +182,8 @@ def test_main_writes_a_record_and_tells_by_its_exit_code(
             "peak_bytes": 1,
             "weight_bytes": 100,
             "bytes_per_second": 100.0,
+            "favourite": favourite if system == load.OURS else 7,
+            "cached_share": 1.0 if temperature == "warm" else 0.5,
         }
         return Outcome(record=record)
 
@@ -158,4 +204,6 @@ def test_main_writes_a_record_and_tells_by_its_exit_code(
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["benchmark"] == "load"
     assert len(record["claims"]) == 4
+    assert record["odd_cache"] == ["not cold: up to 50% of the files were in memory"]
+    assert (record["disagreement"] is None) == (favourite == 7)
     assert not (tmp_path / "load-tiny").exists()

@@ -208,11 +208,15 @@ def test_equal_tensors_under_another_config_do_not_verify(
     def save_another_epsilon(model: Any, folder: Path, *arguments: Any, **options: Any) -> Any:
         exported = save_model(model, folder, *arguments, **options)
         keys = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(keys | {"rms_norm_eps": 2 * keys["rms_norm_eps"] + 1e-3}))
+        (folder / "config.json").write_text(
+            json.dumps(keys | {"rms_norm_eps": 2 * keys["rms_norm_eps"] + 1e-3})
+        )
         return exported
 
     monkeypatch.setattr("moesys.checkpoint.convert.save_model", save_another_epsilon)
-    with pytest.raises(CheckpointError, match=r"logits of a prompt differ, .* its config\.json describes another"):
+    with pytest.raises(
+        CheckpointError, match=r"logits of a prompt differ, .* its config\.json describes another"
+    ):
         convert_model(tmp_path / "source", tmp_path / "copy", dtype, verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -236,7 +240,15 @@ def test_what_a_dtype_does_to_the_logits_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"move by 0\.6 of their norm, more than 0\.5; .* write fp32"):
         verification.compare_logits(expected, tmp_path / "model", 1, expected * 2.5)
     with pytest.raises(CheckpointError, match="2 of 1024 are NaN or infinite"):
-        verification.compare_logits(expected, tmp_path / "model", 1, expected.index_fill(1, torch.tensor([3]), 1).flatten().index_fill(0, torch.tensor([5, 9]), torch.inf).view_as(expected))
+        verification.compare_logits(
+            expected,
+            tmp_path / "model",
+            1,
+            expected.index_fill(1, torch.tensor([3]), 1)
+            .flatten()
+            .index_fill(0, torch.tensor([5, 9]), torch.inf)
+            .view_as(expected),
+        )
 
 
 def test_routers_rounded_or_kept_in_float32_verify_in_bfloat16(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def test_a_model_is_converted_and_verified(source: Path, tmp_path: Path, moesys_
     lines = answer.out.splitlines()
     assert lines[0].startswith(f"wrote qwen3_moe layout to {copy}: ")
     assert lines[1] == f"verified: {len(tensors)} tensors are equal bit for bit"
-    assert lines[2].startswith("verified: the logits of a prompt are equal bit for bit to those of the source")
+    assert lines[2].startswith(
+        "verified: the logits of a prompt are equal bit for bit to those of the source"
+    )
     assert lines[3].startswith("verified: the change of dtype moves these logits, up to ")
 
 

@@ -182,6 +182,7 @@ def test_after_an_error_nothing_is_on_its_way(open_source: OPEN) -> None:
     cache._reader._read_at = fail
     with pytest.raises(SectionReadError, match="Input/output error"):
         next(source.acquire(0, make_demand(range(4), 8)))
+    assert not cache._loading
     cache._reader._read_at = lambda descriptor, buffer, offset: os.preadv(descriptor, [buffer], offset)
     run(source, 0, range(8), 8)
 

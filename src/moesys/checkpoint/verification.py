@@ -135,9 +135,7 @@ def compare_logits(
     _require_finite(original, "the source's")
     _require_finite(expected, "the source's, in the written dtype,")
     found = compute_prompt_logits(load_model(folder))
-    if found.shape != expected.shape or not torch.equal(
-        found.view(torch.int32), expected.view(torch.int32)
-    ):
+    if found.shape != expected.shape or not torch.equal(found.view(torch.int32), expected.view(torch.int32)):
         raise CheckpointError(
             f"what was written to {folder.name} is not the source, and was removed: its tensors are equal, but "
             f"{_describe_difference(found, expected)}; its config.json describes another model"
