@@ -20,6 +20,7 @@ STANDARD = {
     "DamagedCheckpointError": RuntimeError,
     "DiskSpaceError": OSError,
     "ModelFormatError": ValueError,
+    "SectionReadError": OSError,
     "TrainingError": RuntimeError,
     "NonFiniteError": RuntimeError,
     "GenerationError": ValueError,

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each ends in an error of ours or in exactly the tensors that the files hold, in a model that runs.
+"""Damaged checkpoints: each ends in an error of ours or in a model that runs on exactly the tensors of the files.
 
 A process of its own, with a limit on its memory, damages small checkpoints at random and loads them. The judge of a
 load that succeeds is the safetensors library: it must accept the files too, every tensor must be the one it reads, and

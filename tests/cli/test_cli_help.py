@@ -52,8 +52,8 @@ def test_every_command_shows_an_example_that_names_it(path: tuple[str, ...], moe
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
 def test_help_takes_less_than_a_third_of_a_second(arguments: list[str]) -> None:
-    times = sorted(measure_cpu_s(*arguments) for _ in range(5))
-    assert times[2] < 0.3
+    # Others on the machine only ever add to it.
+    assert min(measure_cpu_s(*arguments) for _ in range(5)) < 0.3
 
 
 def list_imported_by(*arguments: str) -> set[str]:

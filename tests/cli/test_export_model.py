@@ -62,6 +62,12 @@ def test_a_run_takes_the_same_options(run: Path, tmp_path: Path, moesys_command:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_run_rounded_to_bfloat16_verifies(run: Path, tmp_path: Path, moesys_command: Call) -> None:
+    answer = moesys_command("export", run, "--to", tmp_path / "copy", "--dtype", "bf16", "--verify")
+    assert answer.status == 0, answer.err
+    assert "the logits of a prompt are equal bit for bit to those of the source" in answer.out
+
+
 def test_a_run_that_does_not_verify_is_not_left(
     run: Path, tmp_path: Path, moesys_command: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

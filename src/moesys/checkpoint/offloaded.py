@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,12 @@ class OffloadedWeights:
         """Of the weights that every token uses."""
         return self._unread.count_bytes(_is_bank)
 
-    def load_resident(self) -> Decoder:
-        """Reads those weights and returns the model; its experts have no memory (the meta device)."""
-        return self._unread.load(_is_bank)
+    def load_resident(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Decoder:
+        """Reads those weights and returns the model; its experts have no memory (the meta device).
+
+        ``on_progress`` gets (bytes read, bytes to read).
+        """
+        return self._unread.load(_is_bank, on_progress)
 
 
 @contextmanager

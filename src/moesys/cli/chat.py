@@ -46,11 +46,12 @@ def chat(
 
     Example: `moesys chat runs/demo/export --temperature 0.7`
     """
-    from moesys.inference import ChatFormat, ChatSession, open_model
+    from moesys.cli.opening import open_behind_bar
+    from moesys.inference import ChatFormat, ChatSession
 
     sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     chat_format = ChatFormat.load(model, template)
-    with open_model(model, dtype=dtype, host_memory=host_memory) as opened:
+    with open_behind_bar(model, dtype, host_memory) as opened:
         report_plan(opened)
         if chat_format.template is None:
             print(

@@ -43,11 +43,12 @@ def generate(
 
     Example: `moesys generate runs/demo/export -p "def main():" -n 100 --temperature 0.7`
     """
-    from moesys.inference import Stop, open_model
+    from moesys.cli.opening import open_behind_bar
+    from moesys.inference import Stop
     from moesys.inference import generate as start_generation
 
     sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    with open_model(model, dtype=dtype, host_memory=host_memory) as opened:
+    with open_behind_bar(model, dtype, host_memory) as opened:
         report_plan(opened)
         generation = start_generation(
             opened.engine,

@@ -6,7 +6,7 @@ experts behind the expert-source seam. The model and the kernels are those of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,13 +64,19 @@ class OffloadedModel:
 
 @contextmanager
 def load_offloaded(
-    folder: Path, host_memory: str, *, num_positions: int | None = None, num_slots: int | None = None
+    folder: Path,
+    host_memory: str,
+    *,
+    num_positions: int | None = None,
+    num_slots: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[OffloadedModel]:
     """Loads a model folder within a budget; its files stay open inside, and outside it computes no more.
 
     host_memory:    a size for everything, such as ``8GiB``, or a share of the weights, such as ``50%``.
     num_positions:  tokens of the sequences that will be open at once; None for one of the model's full context.
     num_slots:      experts in memory, at most as many as the budget holds; None for as many. For tests and diagnosis.
+    on_progress:    gets (bytes read, bytes to read), of what stays in memory.
 
     Raises `ModelFormatError` for a folder whose experts cannot be read one by one, `ConfigError` for a budget that is
     none, and `GenerationError` for one that is too small or a number of slots beyond it; nothing is loaded then.
@@ -87,7 +93,7 @@ def load_offloaded(
         if num_slots is not None:
             tier = _limit_slots(tier, num_slots, footprint)
         pool = SlotPool(tier.num_experts, _find_slot_shape(weights))
-        model = weights.load_resident()
+        model = weights.load_resident(on_progress)
         cache = SectionCache(pool, weights.experts.sections, reader, LeastRecent())
         layers = {
             layer_id: CachedLayer(cache, bank.down_EDF.shape[0], bank.form)
