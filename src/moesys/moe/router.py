@@ -114,8 +114,8 @@ class Router(nn.Module):
         )
 
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int | None) -> Choice:
-        """Chooses by scores; by logits where weights are a softmax of them, because a softmax over all experts makes equal
-        zeros of those far behind the first."""
+        """Chooses by scores; by logits where weights are a softmax of them, because a softmax over all experts makes
+        equal zeros of those far behind the first."""
         selection = self.selection
         by_logits = self.weighting is Normalization.BEFORE or isinstance(self.weighting, SparseMixer)
         if by_logits and isinstance(selection, TopK) and self.selection_bias_E is None:
