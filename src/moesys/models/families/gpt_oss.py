@@ -13,17 +13,19 @@ from moesys.models.families.keys import (
     find_moe,
     read_attention,
     read_decoder,
+    read_equal_moe,
     read_head_dim,
     read_layer_types,
     slide,
     write_attention,
     write_decoder,
+    write_equal_moe,
     write_window,
 )
 from moesys.models.families.rope_keys import read_rope
 from moesys.models.layout import InterleavedExperts, Layout, MoELayout
 from moesys.models.stored import Encoding
-from moesys.moe import MoEConfig, Normalization
+from moesys.moe import Normalization
 
 _ROPE = {
     "rope_type": "yarn",
@@ -36,10 +38,8 @@ _ROPE = {
 
 
 def _read_gpt_oss(keys: Keys) -> DecoderConfig:
-    moe = MoEConfig(
-        num_experts=keys["num_local_experts"],
-        top_k=keys["num_experts_per_tok"],
-        intermediate_size=keys["intermediate_size"],
+    moe = read_equal_moe(
+        keys,
         weighting=Normalization.BEFORE,
         router_bias=True,
         form=ExpertForm(
@@ -63,9 +63,7 @@ def _write_gpt_oss(config: DecoderConfig) -> dict[str, Any]:
         **write_attention(config),
         **write_window(config),
         "attention_bias": find_attention(config).qkv_bias,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "intermediate_size": moe.intermediate_size,
+        **write_equal_moe(config),
         "swiglu_limit": moe.form.limit,
         "swiglu_alpha": moe.form.alpha,
     }

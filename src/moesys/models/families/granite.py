@@ -9,22 +9,21 @@ from moesys.models.families.family import Family
 from moesys.models.families.keys import (
     Keys,
     find_attention,
-    find_moe,
     read_attention,
     read_decoder,
+    read_equal_moe,
     repeat,
     write_attention,
     write_decoder,
+    write_equal_moe,
 )
 from moesys.models.layout import Layout, MoELayout, StackedExperts
-from moesys.moe import MoEConfig, Normalization
+from moesys.moe import Normalization
 
 
 def _read_granite_moe(keys: Keys) -> DecoderConfig:
-    moe = MoEConfig(
-        num_experts=keys["num_local_experts"],
-        top_k=keys["num_experts_per_tok"],
-        intermediate_size=keys["intermediate_size"],
+    moe = read_equal_moe(
+        keys,
         weighting=Normalization.BEFORE,
     )
     bias = keys.get("attention_bias", False)
@@ -42,7 +41,7 @@ def _read_granite_moe(keys: Keys) -> DecoderConfig:
 
 
 def _write_granite_moe(config: DecoderConfig) -> dict[str, Any]:
-    moe, attention = find_moe(config), find_attention(config)
+    attention = find_attention(config)
     return {
         **write_decoder(config),
         **write_attention(config),
@@ -51,9 +50,7 @@ def _write_granite_moe(config: DecoderConfig) -> dict[str, Any]:
         "embedding_multiplier": config.embedding_scale,
         "residual_multiplier": config.residual_scale,
         "logits_scaling": config.logit_divisor,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "intermediate_size": moe.intermediate_size,
+        **write_equal_moe(config),
     }
 
 

@@ -110,6 +110,26 @@ def find_moe(config: DecoderConfig) -> MoEConfig:
     raise ModelFormatError("it has MoE layers, the model has none (model.num_experts = 0)")
 
 
+def read_equal_moe(keys: Keys, **options: Any) -> MoEConfig:
+    """Reads the MoE layer of families whose layers are all the same; ``options`` are further fields of the record."""
+    return MoEConfig(
+        num_experts=keys.get("num_experts") or keys["num_local_experts"],
+        top_k=keys["num_experts_per_tok"],
+        intermediate_size=keys["intermediate_size"],
+        **options,
+    )
+
+
+def write_equal_moe(config: DecoderConfig, num_experts: str = "num_local_experts") -> dict[str, Any]:
+    """The keys that `read_equal_moe` reads; ``num_experts`` is what the family calls that one."""
+    moe = find_moe(config)
+    return {
+        num_experts: moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.intermediate_size,
+    }
+
+
 def find_dense(config: DecoderConfig) -> DenseConfig | None:
     """Returns the first dense layer, None where there is none."""
     return next((layer for layer in config.feed_forwards if isinstance(layer, DenseConfig)), None)

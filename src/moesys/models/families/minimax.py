@@ -9,18 +9,19 @@ from moesys.models.families.family import Family, require
 from moesys.models.families.keys import (
     Keys,
     find_attention,
-    find_moe,
     read_attention,
     read_decoder,
+    read_equal_moe,
     read_head_dim,
     repeat,
     write_attention,
     write_decoder,
+    write_equal_moe,
 )
 from moesys.models.families.mixtral import NUMBERED
 from moesys.models.families.rope_keys import read_rope, write_rope
 from moesys.models.layout import Layout, MoELayout, StackedExperts
-from moesys.moe import MoEConfig, Score
+from moesys.moe import Score
 
 _FIXED = {
     "scoring_func": "sigmoid",
@@ -38,10 +39,8 @@ def _read_minimax_m2(keys: Keys) -> DecoderConfig:
         require(found == value, f"{name} {found!r} is not supported; only {value!r} is")
     mixers = set(keys.get("attn_type_list") or [1])
     require(mixers == {1}, f"attn_type_list {sorted(mixers)} is not supported; only 1, softmax attention, is")
-    moe = MoEConfig(
-        num_experts=keys["num_local_experts"],
-        top_k=keys["num_experts_per_tok"],
-        intermediate_size=keys["intermediate_size"],
+    moe = read_equal_moe(
+        keys,
         score=Score.SIGMOID,
         selection_bias=True,
     )
@@ -52,7 +51,7 @@ def _read_minimax_m2(keys: Keys) -> DecoderConfig:
 
 
 def _write_minimax_m2(config: DecoderConfig) -> dict[str, Any]:
-    moe, attention = find_moe(config), find_attention(config)
+    attention = find_attention(config)
     share = attention.rope.dim / attention.head_dim
     return {
         **write_decoder(config),
@@ -60,9 +59,7 @@ def _write_minimax_m2(config: DecoderConfig) -> dict[str, Any]:
         **write_rope(attention.rope, config.max_positions, partial_rotary_factor=share),
         **_FIXED,
         "rotary_dim": attention.rope.dim,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "intermediate_size": moe.intermediate_size,
+        **write_equal_moe(config),
     }
 
 

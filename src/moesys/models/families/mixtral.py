@@ -9,17 +9,17 @@ from moesys.models.families.family import Family
 from moesys.models.families.keys import (
     Keys,
     find_attention,
-    find_moe,
     read_attention,
     read_decoder,
+    read_equal_moe,
     read_head_dim,
     repeat,
     write_attention,
     write_decoder,
+    write_equal_moe,
 )
 from moesys.models.families.rope_keys import read_rope
 from moesys.models.layout import Layout, MoELayout, SeparateExperts, StackedExperts
-from moesys.moe import MoEConfig
 
 NUMBERED = SeparateExperts(gate="w1", up="w3", down="w2")
 LAYOUT = Layout(
@@ -28,21 +28,18 @@ LAYOUT = Layout(
 
 
 def _read_mixtral(keys: Keys) -> DecoderConfig:
-    moe = MoEConfig(keys["num_local_experts"], keys["num_experts_per_tok"], keys["intermediate_size"])
+    moe = read_equal_moe(keys)
     rope = read_rope(keys, read_head_dim(keys), theta=1e6)
     attention = read_attention(keys, rope, sliding_window=keys.get("sliding_window"))
     return read_decoder(keys, repeat(attention, keys), (moe,) * keys["num_hidden_layers"])
 
 
 def _write_mixtral(config: DecoderConfig) -> dict[str, Any]:
-    moe = find_moe(config)
     return {
         **write_decoder(config),
         **write_attention(config),
         "sliding_window": find_attention(config).sliding_window,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "intermediate_size": moe.intermediate_size,
+        **write_equal_moe(config),
         "router_jitter_noise": 0.0,
     }
 

@@ -12,20 +12,20 @@ from moesys.models.families.keys import (
     find_moe,
     read_attention,
     read_decoder,
+    read_equal_moe,
     repeat,
     write_attention,
     write_decoder,
+    write_equal_moe,
 )
 from moesys.models.families.qwen import NORMALIZATIONS
 from moesys.models.layout import Layout, MoELayout, SeparateExperts, StackedExperts
-from moesys.moe import MoEConfig, Normalization
+from moesys.moe import Normalization
 
 
 def _read_olmoe(keys: Keys) -> DecoderConfig:
-    moe = MoEConfig(
-        num_experts=keys.get("num_experts") or keys["num_local_experts"],
-        top_k=keys["num_experts_per_tok"],
-        intermediate_size=keys["intermediate_size"],
+    moe = read_equal_moe(
+        keys,
         weighting=NORMALIZATIONS[keys.get("norm_topk_prob", False)],
     )
     bias = keys.get("attention_bias", False)
@@ -42,9 +42,7 @@ def _write_olmoe(config: DecoderConfig) -> dict[str, Any]:
         **write_attention(config),
         "attention_bias": attention.qkv_bias,
         "clip_qkv": attention.qkv_clip,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "intermediate_size": moe.intermediate_size,
+        **write_equal_moe(config, "num_experts"),
         "norm_topk_prob": moe.weighting is Normalization.AFTER,
     }
 
