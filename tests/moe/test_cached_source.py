@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from moesys.errors import SectionReadError, ShapeError, TrainingError
-from moesys.kernels import BankView, ExpertForm, ModuleView, compute_experts, sum_rows
-from moesys.moe import CachedLayer, CachedSource, Execution, LocalDispatcher, MoEConfig, MoELayer
+from moesys.kernels import BankView, ModuleView, compute_experts, sum_rows
+from moesys.moe import CachedLayer, CachedSource, Execution, LocalDispatcher, MoEConfig, MoELayer, PlainLayout
 from moesys.moe.cached_source import ExpertKey
 from moesys.store import (
     Extent,
     LeastRecent,
-    PartShape,
     Section,
     SectionCache,
     SectionReader,
@@ -27,7 +26,8 @@ from moesys.store import (
     StoredFile,
 )
 
-SHAPES = (PartShape((6, 4), torch.float32), PartShape((4, 3), torch.float32))
+LAYOUT = PlainLayout(hidden_size=4, inner_size=3, dtype=torch.float32)
+SHAPES = LAYOUT.part_shapes
 PART_BYTES = [shape.num_bytes for shape in SHAPES]
 SECTION_BYTES = sum(PART_BYTES)
 OPEN = Callable[..., tuple[CachedSource, SectionCache]]
@@ -66,7 +66,7 @@ def open_source(tmp_path: Path) -> Iterator[OPEN]:
         }
         readers.append(SectionReader(2))
         cache = SectionCache(SlotPool(num_slots, SHAPES), sections, readers[-1], LeastRecent())
-        layer = CachedLayer(cache, num_experts, ExpertForm())
+        layer = CachedLayer(cache, num_experts, LAYOUT)
         source = CachedSource(dict.fromkeys(range(num_layers), layer), share_to_stream=share_to_stream)
         return source, cache
 

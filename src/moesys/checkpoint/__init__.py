@@ -1,6 +1,7 @@
 """Bytes that must survive: training checkpoints with verified manifests, and Hugging Face model folders."""
 
 from moesys.checkpoint.convert import ConvertedModel, convert_model
+from moesys.checkpoint.expert_sections import list_banks
 from moesys.checkpoint.files import FileSystem, WrittenFile, replace_file, write_text_atomic
 from moesys.checkpoint.hf import load_model
 from moesys.checkpoint.hub import ModelSource, resolve_model
@@ -52,6 +53,7 @@ __all__ = [
     "check_weights",
     "convert_model",
     "describe_config_difference",
+    "list_banks",
     "list_checkpoints",
     "load_model",
     "load_newest_checkpoint",

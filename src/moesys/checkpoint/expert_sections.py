@@ -19,8 +19,8 @@ from moesys.checkpoint.tensor_source import Fp8Source, PlainSource, TensorSource
 from moesys.errors import ModelFormatError
 from moesys.models import Block, Decoder, Encoding, Family, StoredTensor
 from moesys.models.layout import MoELayout
-from moesys.moe import ExpertBank, ExpertKey, MoELayer
-from moesys.store import Extent, PartShape, Section, StoredFile
+from moesys.moe import ExpertBank, ExpertKey, MoELayer, PlainLayout, SlotLayout
+from moesys.store import Extent, Section, StoredFile
 
 _EXPORT = "moesys export MODEL --to DIR"
 
@@ -30,11 +30,11 @@ class ExpertSections:
     """The experts of a model on the disk.
 
     sections:  by layer and expert.
-    shapes:    of the parts of a slot, by layer: gate_up and down, then both biases where there are any.
+    layouts:   what a slot for them holds, by layer.
     """
 
     sections: dict[ExpertKey, Section]
-    shapes: dict[int, tuple[PartShape, ...]]
+    layouts: dict[int, SlotLayout]
 
 
 def is_of_experts(source: TensorSource, model: Decoder) -> bool:
@@ -68,15 +68,12 @@ def find_expert_sections(
             files[path] = StoredFile.identify(path, values.span.descriptor)
         for expert_id, extent in _cut(values, source.stored.view, parameter, part, files[path]):
             extents.setdefault((layer_id, expert_id), []).append(extent)
-    shapes: dict[int, list[PartShape]] = {}
-    for layer_id, _, parameter in places.values():
-        shapes.setdefault(layer_id, []).append(PartShape(tuple(parameter.shape[1:]), dtype))
     return ExpertSections(
         sections={
             key: Section(f"layer {key[0]}, expert {key[1]}", tuple(parts))
             for key, parts in sorted(extents.items())
         },
-        shapes={layer_id: tuple(parts) for layer_id, parts in shapes.items()},
+        layouts={layer_id: _make_layout(bank, dtype) for layer_id, bank in list_banks(model)},
     )
 
 
@@ -117,16 +114,25 @@ def _is_plain(stored: StoredTensor) -> bool:
 def _list_parameters(model: Decoder) -> dict[int, tuple[int, int, Tensor]]:
     """Layer, part of a slot and tensor of each expert parameter, by its identity."""
     places: dict[int, tuple[int, int, Tensor]] = {}
-    for layer_id, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        if not isinstance(block.feed_forward, MoELayer):
-            continue
-        bank = block.feed_forward.experts
-        assert isinstance(bank, ExpertBank)
+    for layer_id, bank in list_banks(model):
         tensors = (bank.gate_up_EFD, bank.down_EDF, bank.gate_up_bias_EF, bank.down_bias_ED)
         for part, parameter in enumerate(tensor for tensor in tensors if tensor is not None):
             places[id(parameter)] = layer_id, part, parameter
     return places
+
+
+def list_banks(model: Decoder) -> Iterator[tuple[int, ExpertBank]]:
+    """Yields the experts of each MoE layer, with the layer's number."""
+    for layer_id, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        if isinstance(block.feed_forward, MoELayer):
+            assert isinstance(block.feed_forward.experts, ExpertBank)
+            yield layer_id, block.feed_forward.experts
+
+
+def _make_layout(bank: ExpertBank, dtype: torch.dtype) -> PlainLayout:
+    _, hidden_size, inner_size = bank.down_EDF.shape
+    return PlainLayout(hidden_size, inner_size, dtype, bank.form, bank.down_bias_ED is not None)
 
 
 def _find_base(view: Tensor) -> int:

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moesys.checkpoint import OffloadedWeights, open_offloaded
+from moesys.checkpoint import OffloadedWeights, list_banks, open_offloaded
 from moesys.errors import GenerationError
 from moesys.inference.generate import PREFILL_TOKENS
 from moesys.inference.step_memory import compute_step_bytes
-from moesys.models import Block, Decoder
-from moesys.moe import CachedLayer, CachedSource, Execution, ExpertBank, LocalDispatcher, MoELayer
+from moesys.models import Decoder
+from moesys.moe import CachedLayer, CachedSource, Execution, LocalDispatcher, SlotLayout
 from moesys.planning import Budget, Footprint, TierPlacement, compute_kv_bytes_per_token, parse_budget, place
-from moesys.store import LeastRecent, PartShape, SectionCache, SectionReader, SlotPool
+from moesys.store import LeastRecent, SectionCache, SectionReader, SlotPool
 from moesys.units import format_bytes
 
 _MIN_SLOTS = 2
@@ -92,12 +92,12 @@ def load_offloaded(
         tier = _spend(budget, footprint, num_positions, step_bytes)
         if num_slots is not None:
             tier = _limit_slots(tier, num_slots, footprint)
-        pool = SlotPool(tier.num_experts, _find_slot_shape(weights))
+        pool = SlotPool(tier.num_experts, _find_layout(weights).part_shapes)
         model = weights.load_resident(on_progress)
         cache = SectionCache(pool, weights.experts.sections, reader, LeastRecent())
         layers = {
-            layer_id: CachedLayer(cache, bank.down_EDF.shape[0], bank.form)
-            for layer_id, bank in _list_banks(model)
+            layer_id: CachedLayer(cache, bank.down_EDF.shape[0], weights.experts.layouts[layer_id])
+            for layer_id, bank in list_banks(model)
         }
         execution = Execution(LocalDispatcher(), CachedSource(layers))
         yield OffloadedModel(model, execution, tier, step_bytes, cache, len(weights.experts.sections))
@@ -140,18 +140,10 @@ def _limit_slots(tier: TierPlacement, num_slots: int, footprint: Footprint) -> T
     return replace(tier, num_experts=num_slots, expert_bytes=num_slots * footprint.slot_bytes)
 
 
-def _find_slot_shape(weights: OffloadedWeights) -> tuple[PartShape, ...]:
-    shapes = set(weights.experts.shapes.values())
-    if len(shapes) > 1:
+def _find_layout(weights: OffloadedWeights) -> SlotLayout:
+    layouts = set(weights.experts.layouts.values())
+    if len(layouts) > 1:
         raise GenerationError(
-            f"experts of {len(shapes)} shapes cannot share slots; run this model without --host-memory"
+            f"experts of {len(layouts)} shapes cannot share slots; run this model without --host-memory"
         )
-    return shapes.pop()
-
-
-def _list_banks(model: Decoder) -> Iterator[tuple[int, ExpertBank]]:
-    for layer_id, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        if isinstance(block.feed_forward, MoELayer):
-            assert isinstance(block.feed_forward.experts, ExpertBank)
-            yield layer_id, block.feed_forward.experts
+    return layouts.pop()

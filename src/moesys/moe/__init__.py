@@ -21,6 +21,7 @@ from moesys.moe.router import Router, TopKRouter
 from moesys.moe.routing import Routing
 from moesys.moe.score import Score
 from moesys.moe.selection import GroupLimitedTopK, GroupScore, Selection, Threshold, TopK
+from moesys.moe.slot_layout import PlainLayout, SlotLayout
 from moesys.moe.source import (
     Bank,
     ExpertBank,
@@ -61,6 +62,7 @@ __all__ = [
     "ModuleBank",
     "Normalization",
     "Part",
+    "PlainLayout",
     "QuantizedBank",
     "ResidentSource",
     "Router",
@@ -68,6 +70,7 @@ __all__ = [
     "RoutingTape",
     "Score",
     "Selection",
+    "SlotLayout",
     "SparseMixer",
     "SwiGLU",
     "Threshold",

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from moesys.errors import SectionReadError, ShapeError, TrainingError
-from moesys.kernels import BankView, ExpertForm, ModuleView
+from moesys.kernels import BankView, ModuleView
 from moesys.moe.routing import Routing
+from moesys.moe.slot_layout import SlotLayout
 from moesys.store import SectionCache
 
 ExpertKey = tuple[int, int]
@@ -28,12 +29,13 @@ ExpertKey = tuple[int, int]
 class CachedLayer:
     """Where the experts of a layer are kept.
 
-    cache:  holds sections by `ExpertKey`; its slots have the parts gate_up and down, then both biases if there are any.
+    cache:   holds sections by `ExpertKey`.
+    layout:  what its slots hold.
     """
 
     cache: SectionCache
     num_experts: int
-    form: ExpertForm
+    layout: SlotLayout
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,6 @@ class CachedSource:
         slots = [layer.cache.use(key) for key in keys]
         table = torch.full((layer.num_experts,), -1, dtype=torch.int64)
         table[[expert for _, expert in keys]] = torch.tensor(slots)
-        gate_up, down, *biases = layer.cache.pool.parts
-        gate_up_bias, down_bias = biases or (None, None)
-        view = BankView(gate_up, down, table, layer.form, gate_up_bias, down_bias)
+        view = layer.layout.make_view(layer.cache.pool.parts, table)
         self._loans[id(view)] = _Loan(view, layer.cache, tuple(keys))
         return view
