@@ -1,7 +1,7 @@
 """Writes a model folder with random weights in a family's layout, for benchmarks of loading; never committed.
 
-Run by itself or called by `load.py`. The weights are drawn from a pool of normal numbers, tensor by tensor, so that a
-folder of any size needs little memory; the same seed gives the same bytes.
+Run by itself or called by `load.py` and `offload.py`. The weights are drawn from a pool of normal numbers, tensor by
+tensor, so that a folder of any size needs little memory; the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 POOL_ELEMENTS = 2**23
 SHARD_BYTES = 4 * 2**30
+WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,25 @@ SHAPES = {
 }
 
 
-def make_checkpoint(folder: Path, shape: CheckpointShape, seed: int = 0) -> None:
-    """Writes bf16 shards, their index and ``config.json`` into a new folder; it has its name when it is complete."""
+def make_checkpoint(
+    folder: Path, shape: CheckpointShape, seed: int = 0, *, embedding_std: float = WEIGHT_STD
+) -> None:
+    """Writes bf16 shards, their index and ``config.json`` into a new folder; it has its name when it is complete.
+
+    embedding_std: of the token embedding. As small as that of other weights, what attention adds drowns a token's own
+    vector, and all tokens of a text go to the same experts.
+    """
     import torch
 
-    pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(seed)).mul_(0.02).bfloat16()
+    pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(seed))
+    pools = {std: pool.mul(std).bfloat16() for std in {WEIGHT_STD, embedding_std}}
 
     draft = folder.with_name(f"{folder.name}.draft")
     draft.mkdir(parents=True)
     shards = _plan_shards(_list_tensors(shape))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file_name, shard in zip(names, shards, strict=True):
-        _write_shard(draft / file_name, shard, pool)
+        _write_shard(draft / file_name, shard, pools[WEIGHT_STD], pools[embedding_std])
     weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
     index = {"metadata": {"total_size": 2 * shape.num_parameters}, "weight_map": weight_map}
     (draft / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -97,7 +106,9 @@ def make_checkpoint(folder: Path, shape: CheckpointShape, seed: int = 0) -> None
     draft.rename(folder)
 
 
-def _write_shard(path: Path, shard: Mapping[str, tuple[int, ...]], pool: Tensor) -> None:
+def _write_shard(
+    path: Path, shard: Mapping[str, tuple[int, ...]], weights: Tensor, embeddings: Tensor
+) -> None:
     import torch
 
     from moesys.checkpoint.safetensors_file import view_bytes, write_chunks
@@ -108,7 +119,8 @@ def _write_shard(path: Path, shard: Mapping[str, tuple[int, ...]], pool: Tensor)
         if "norm" in name:
             yield view_bytes(torch.ones(count, dtype=torch.bfloat16))
             return
-        start = sum(name.encode()) * 4099 % POOL_ELEMENTS
+        pool = embeddings if "embed_tokens" in name else weights
+        start = zlib.crc32(name.encode()) % POOL_ELEMENTS
         while count:
             chunk = pool[start : start + count]
             yield view_bytes(chunk)

@@ -31,7 +31,7 @@ def test_a_budget_changes_no_text_and_says_what_is_where(model: Path, moesys_com
         assert answer.status == 0, answer.err
         assert answer.out == whole.out
         assert re.search(kept if "\\" in kept else re.escape(kept), answer.error)
-        assert re.search(r"KiB of weights resident, .* for keys and values, .* for a pass of", answer.error)
+        assert re.search(r"KiB of weights resident, .* for keys and values of \d+ tokens, .* for a pass of", answer.error)
         assert re.search(r"% of \d+ expert uses found in memory, .* read from the disk", answer.error)
     assert "resident" not in whole.err
 

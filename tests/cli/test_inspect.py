@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from family_keys import FAMILY_KEYS
 from model_folders import write_model, write_sparse_model
 from moesys.checkpoint import load_model
-from moesys.inference.kv_cache import SequenceCache
+from moesys.inference.pages import PagePool
+from moesys.models import DecoderConfig
 
 RAM_BYTES = 64 * 2**30
 NUM_EXPERTS = FAMILY_KEYS["glm4_moe"]["n_routed_experts"]
@@ -36,10 +37,18 @@ LARGE_KEYS = FAMILY_KEYS["qwen3_moe"] | {
 }
 
 
+def count_step_bytes(
+    config: DecoderConfig, num_tokens: int, num_positions: int, itemsize: int, num_sequences: int
+) -> int:
+    """Whatever the engine takes; here what is easy to count."""
+    return num_tokens * 2**20
+
+
 @pytest.fixture(autouse=True)
 def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesys.cli.inspect_sizing.read_device_bytes", lambda: None)
     monkeypatch.setattr("moesys.cli.inspect_sizing.read_ram_bytes", lambda: RAM_BYTES)
+    monkeypatch.setattr("moesys.cli.inspect_sizing.compute_step_bytes", count_step_bytes)
 
 
 @pytest.fixture
@@ -83,12 +92,13 @@ model: qwen3_moe (Qwen3MoeForCausalLM)
   KV cache of one token                                         96.0 KiB
   KV cache of 32768 tokens                                       3.0 GiB
 
-  1716 of 5760 experts fit in 32.0 GiB of RAM
+  1686 of 5760 experts fit in 32.0 GiB of RAM
     used by every token        3.1 GiB  all but the experts
-    experts                   27.7 GiB  1716 of them
+    experts                   27.2 GiB  1686 of them
     KV cache                 384.0 MiB  4096 tokens
-    reserve                  885.8 MiB  computing and loading
-  disk                        65.2 GiB  4044 experts
+    a step                   512.0 MiB  512 tokens of a prompt
+    reserve                  875.9 MiB  loading and libraries
+  disk                        65.6 GiB  4074 experts
 """.splitlines()
     )
 
@@ -125,11 +135,11 @@ def test_json_has_units_in_its_names(model: Path, moesys_command: Call) -> None:
     assert sum(part["stored_bytes"] for part in described["parts"].values()) == found["stored_bytes"]
     assert described["moe_layers"][0]["layer_id"] == 1
     assert described["num_dense_layers"] == 1
-    cache = SequenceCache(loaded.config.mixers, 100, torch.bfloat16, torch.device("cpu"))
-    kv_bytes = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
-    assert described["kv_bytes_per_token"] * 100 == kv_bytes
+    pool = PagePool(loaded.config.mixers, 2, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert described["kv_bytes_per_token"] * 128 == pool.num_bytes
     (tier,) = found["placement"]["tiers"]
-    assert tier["kv_bytes"] == kv_bytes
+    assert tier["kv_bytes"] == pool.num_bytes, "100 tokens take two pages"
+    assert tier["step_bytes"] == 100 * 2**20
     assert tier["budget"]["size_bytes"] == described["loaded_bytes"] // 2
     assert found["placement"]["num_experts_on_disk"] + tier["num_experts"] == NUM_EXPERTS
     assert found["check"] is None
@@ -165,7 +175,7 @@ def test_a_gpu_is_a_tier_of_its_own(
 
 def test_what_does_not_fit_at_all_is_told_with_what_is_missing(model: Path, moesys_command: Call) -> None:
     out = moesys_command("inspect", model, "--host-memory", "100MiB").out
-    assert "does not fit in 100.0 MiB of RAM: 153.0 MiB are missing" in out
+    assert "does not fit in 100.0 MiB of RAM: 278.5 MiB are missing" in out
 
 
 def test_windows_and_unused_tensors_are_told(tmp_path: Path, moesys_command: Call) -> None:

@@ -197,7 +197,7 @@ def test_a_message_that_cannot_fit_is_an_error_and_forgotten(tokenizer: Tokenize
     session = make_session(tokenizer, 24)
     list(session.answer("hi"))
     with pytest.raises(
-        GenerationError, match=r"needs 25 tokens and 2 are reserved .* made for 24; write less"
+        GenerationError, match=r"needs 25 tokens and 2 are reserved .* context ends at 24; write less"
     ):
         list(session.answer("🙃9" * 8))
     list(session.answer("ok"))

@@ -154,10 +154,10 @@ def test_a_sequence_must_fit_the_model(capacity: int) -> None:
 
 
 def test_caches_have_the_shapes_of_their_mixers() -> None:
-    engine = Engine(make_mixed_decoder())
-    cache = engine._caches[engine.open_sequence(7)]
-    assert [tuple(keys.shape) for keys in cache.keys] == [(2, 7, 6), (4, 7, 6), (2, 7, 6)]
-    assert [tuple(values.shape) for values in cache.values] == [(2, 7, 6), (4, 7, 3), (2, 7, 6)]
+    model = make_mixed_decoder()
+    engine = Engine(model, num_pages=3, page_tokens=4)
+    for tensors, mixer in zip(engine._pool.layers, model.config.mixers, strict=True):
+        assert [tuple(t.shape) for t in tensors] == [(12, c.num_heads, c.size) for c in mixer.cached]
 
 
 def test_closing_frees_once() -> None:

@@ -22,13 +22,14 @@ from moesys.checkpoint import (
     AS_PUBLISHED,
     convert_model,
     load_model,
-    open_offloaded,
+    open_weights,
     parse_dtype,
     save_model,
 )
 from moesys.errors import GenerationError, ModelFormatError, SectionReadError
 from moesys.inference import Engine, SequenceStep
 from moesys.inference.offload import load_offloaded
+from moesys.inference.offload_plan import OffloadRequest
 from moesys.models import (
     AttentionConfig,
     Decoder,
@@ -88,9 +89,9 @@ def test_offloaded_equals_resident_in_bits(name: str, dtype: torch.dtype, tmp_pa
     resident = generate_logits(load_model(folder))
     total = NUM_EXPERTS * (2 if name == "deepseek_v3" else 3)
     for num_slots in (1, 2, 3, 7, total):
-        with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=num_slots) as offloaded:
+        with load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS, num_slots=num_slots)) as offloaded:
             found = generate_logits(offloaded.model, offloaded.execution)
-            stats = offloaded.cache.stats
+            stats = offloaded.stats
         assert torch.equal(found, resident), num_slots
         assert stats.num_loads > 2 * total or num_slots == total
         assert num_slots < total or stats.num_loads == total
@@ -103,13 +104,13 @@ def test_a_share_of_the_weights_decides_how_many_experts_stay(tmp_path: Path) ->
     core_bytes = total - 24 * slot_bytes
     for num_slots in (2, 11, 23):
         share = 100 * (core_bytes + (num_slots + 0.5) * slot_bytes) / total
-        with load_offloaded(folder, f"{share:.6f}%", num_positions=NUM_POSITIONS) as offloaded:
-            assert offloaded.cache.pool.num_slots == num_slots
+        with load_offloaded(folder, OffloadRequest(f"{share:.6f}%", NUM_POSITIONS)) as offloaded:
+            assert next(iter(offloaded.caches.values())).pool.num_slots == num_slots
             assert f"{num_slots} of 24 experts" in offloaded.describe_plan()
             in_memory = [p for p in offloaded.model.parameters() if not p.is_meta]
-            assert sum(p.numel() * 4 for p in in_memory) == offloaded.tier.core_bytes == core_bytes
-    with load_offloaded(folder, "100%", num_positions=NUM_POSITIONS) as offloaded:
-        assert offloaded.cache.pool.num_slots == 24
+            assert sum(p.numel() * 4 for p in in_memory) == offloaded.plan.tier.core_bytes == core_bytes
+    with load_offloaded(folder, OffloadRequest("100%", NUM_POSITIONS)) as offloaded:
+        assert next(iter(offloaded.caches.values())).pool.num_slots == 24
         generate_logits(offloaded.model, offloaded.execution)
         assert "read from the disk in 24 experts, 0 of them never used" in offloaded.describe_traffic()
 
@@ -129,36 +130,36 @@ def test_an_impossible_budget_is_refused_with_the_sum_before_anything_is_loaded(
         pytest.raises(
             GenerationError, match=r"--host-memory .* is less than resident weights .* \+ 2 experts .* = "
         ),
-        load_offloaded(folder, host_memory, num_positions=NUM_POSITIONS),
+        load_offloaded(folder, OffloadRequest(host_memory, NUM_POSITIONS)),
     ):
         pass
 
 
 def test_a_size_holds_what_a_pass_over_the_prompt_needs(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
-    with load_offloaded(folder, "300MiB", num_positions=NUM_POSITIONS) as offloaded:
-        assert offloaded.step_bytes > 2**14
-        needed = offloaded.tier.used_bytes - 22 * 3 * 24 * 32 * 4 + offloaded.step_bytes
-    with load_offloaded(folder, f"{needed + 2**14}B", num_positions=NUM_POSITIONS) as offloaded:
-        assert 2 <= offloaded.tier.num_experts < 24
-        assert offloaded.tier.used_bytes + offloaded.step_bytes <= needed + 2**14
+    with load_offloaded(folder, OffloadRequest("300MiB", NUM_POSITIONS)) as offloaded:
+        assert offloaded.plan.tier.step_bytes > 2**14
+        needed = offloaded.plan.tier.used_bytes - 22 * 3 * 24 * 32 * 4
+    with load_offloaded(folder, OffloadRequest(f"{needed + 2**14}B", NUM_POSITIONS)) as offloaded:
+        assert 2 <= offloaded.plan.tier.num_experts < 24
+        assert offloaded.plan.tier.used_bytes <= needed + 2**14
     with (
-        pytest.raises(GenerationError, match=r"\+ a pass of the prompt \d.* KiB \+ a reserve"),
-        load_offloaded(folder, f"{needed - 2**14}B", num_positions=NUM_POSITIONS),
+        pytest.raises(GenerationError, match=r"\+ a pass of 40 tokens \d.* KiB \+ a reserve"),
+        load_offloaded(folder, OffloadRequest(f"{needed - 2**14}B", NUM_POSITIONS)),
     ):
         pass
 
 
 def test_a_number_of_slots_is_part_of_the_plan(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
-    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=5) as offloaded:
-        assert (offloaded.tier.num_experts, offloaded.cache.pool.num_slots) == (5, 5)
-        assert offloaded.tier.expert_bytes == offloaded.cache.pool.num_bytes
+    with load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS, num_slots=5)) as offloaded:
+        assert (offloaded.plan.tier.num_experts, next(iter(offloaded.caches.values())).pool.num_slots) == (5, 5)
+        assert offloaded.plan.tier.expert_bytes == next(iter(offloaded.caches.values())).pool.num_bytes
         assert "5 of 24 experts" in offloaded.describe_plan()
     for num_slots in (0, -1, 25):
         with (
             pytest.raises(GenerationError, match=rf"num_slots \({num_slots}\) must be 1 to 24"),
-            load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=num_slots),
+            load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS, num_slots=num_slots)),
         ):
             pass
 
@@ -180,12 +181,12 @@ def test_experts_are_stored_in_the_dtype_of_the_model(
     (folder / "config.json").write_text(json.dumps(keys | {"dtype": told}))
     with (
         pytest.raises(ModelFormatError, match=f"moesys export MODEL --to DIR {advice}"),
-        open_offloaded(folder),
+        open_weights(folder),
     ):
         pass
     again = tmp_path / "again"
     convert_model(folder, again, parse_dtype(advice.split()[-1]), AS_PUBLISHED)
-    with load_offloaded(again, "1GiB", num_positions=NUM_POSITIONS, num_slots=3) as offloaded:
+    with load_offloaded(again, OffloadRequest("1GiB", NUM_POSITIONS, num_slots=3)) as offloaded:
         found = generate_logits(offloaded.model, offloaded.execution)
     assert torch.equal(found, generate_logits(load_model(again)))
 
@@ -194,7 +195,7 @@ def test_experts_in_an_order_that_no_export_changes_need_all_of_the_memory(tmp_p
     make_checkpoint(tmp_path, GPT_OSS)
     with (
         pytest.raises(ModelFormatError, match=r"in another order .*; run it without --host-memory"),
-        open_offloaded(tmp_path),
+        open_weights(tmp_path),
     ):
         pass
 
@@ -207,7 +208,7 @@ def test_experts_in_fp8_are_exported_first(tmp_path: Path) -> None:
     write_quantised(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [8, 8]})
     with (
         pytest.raises(ModelFormatError, match=r"is stored as FP8, .* --to DIR --dtype bf16"),
-        open_offloaded(tmp_path),
+        open_weights(tmp_path),
     ):
         pass
 
@@ -215,8 +216,8 @@ def test_experts_in_fp8_are_exported_first(tmp_path: Path) -> None:
 def test_a_read_that_fails_twice_is_an_error_and_the_engine_goes_on_after_it(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
     resident = generate_logits(load_model(folder))
-    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=4) as offloaded:
-        reader = offloaded.cache._reader
+    with load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS, num_slots=4)) as offloaded:
+        reader = next(iter(offloaded.caches.values()))._reader
         read_at, left = reader._read_at, 7
 
         def fail(descriptor: int, buffer: memoryview, offset: int) -> int:
@@ -245,10 +246,10 @@ def change_expert(folder: Path, cache: SectionCache) -> None:
 def test_weights_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
     path = folder / "model.safetensors"
-    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS, num_slots=2) as offloaded:
+    with load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS, num_slots=2)) as offloaded:
         generate_logits(offloaded.model, offloaded.execution)
         status = path.stat()
-        change_expert(folder, offloaded.cache)
+        change_expert(folder, next(iter(offloaded.caches.values())))
         with pytest.raises(SectionReadError, match=r"model\.safetensors was replaced or changed"):
             generate_logits(offloaded.model, offloaded.execution)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -258,7 +259,7 @@ def test_weights_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
 
 def test_a_file_put_in_the_place_of_the_one_that_was_opened_is_noticed(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
-    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS) as offloaded:
+    with load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS)) as offloaded:
         (folder / "other").write_bytes((folder / "model.safetensors").read_bytes())
         (folder / "other").replace(folder / "model.safetensors")
         with pytest.raises(SectionReadError, match=r"model\.safetensors was replaced or changed"):
@@ -267,7 +268,7 @@ def test_a_file_put_in_the_place_of_the_one_that_was_opened_is_noticed(tmp_path:
 
 def test_outside_its_context_a_model_computes_no_more(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
-    with load_offloaded(folder, "1GiB", num_positions=NUM_POSITIONS) as offloaded:
+    with load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS)) as offloaded:
         generate_logits(offloaded.model, offloaded.execution)
     with pytest.raises(SectionReadError, match="the files of this model were closed"):
         generate_logits(offloaded.model, offloaded.execution)
@@ -280,6 +281,6 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
         pytest.raises(
             ModelFormatError, match="has no experts that could stay on the disk; run it without --host-memory"
         ),
-        open_offloaded(tmp_path),
+        open_weights(tmp_path),
     ):
         pass

@@ -12,7 +12,6 @@ from torch import Tensor
 from moesys.errors import GenerationError
 from moesys.inference import Engine, SamplingParams, SequenceStep, generate
 from moesys.inference.generate import PREFILL_TOKENS, Generation, Stop
-from moesys.inference.step_memory import compute_step_bytes
 from moesys.models import AttentionConfig, Decoder, DecoderConfig, MixerConfig, RopeConfig, initialize_weights
 from moesys.moe import MoEConfig
 
@@ -73,14 +72,3 @@ def test_a_pass_of_no_tokens_is_refused() -> None:
     engine = Engine(make_model(MIXERS["grouped"]))
     with pytest.raises(GenerationError, match=r"prefill_tokens \(0\) must be 1 or more"):
         generate(engine, make_tokenizer(), "to be", prefill_tokens=0)
-
-
-def test_what_a_pass_needs_grows_with_its_tokens_and_the_context() -> None:
-    """By hand for the feed-forward layer of one token: 2 experts of 3 * 24 inner and 2 * 32 outer numbers, 6 * 8 of the
-    router and 32 of the result, in float32."""
-    config = make_model(MIXERS["grouped"]).config
-    stream, masks = 32 * (4 * 2 + 2 * 4), 10 * 2 + 2 * 10
-    assert compute_step_bytes(config, 1, 10, 2) == stream + masks + max(2 * 136 + 48 + 32, 160 + 320, 600) * 4
-    sizes = [compute_step_bytes(config, n, 1000, 2) for n in (1, 64, 512)]
-    assert sizes == sorted(set(sizes))
-    assert compute_step_bytes(config, 512, 2000, 2) > sizes[-1]

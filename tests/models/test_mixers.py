@@ -17,6 +17,7 @@ from moesys.models import (
     LatentAttentionConfig,
     QKNorm,
     RopeConfig,
+    SoftmaxRule,
     YarnScaling,
 )
 from moesys.models.attention import Attention
@@ -151,6 +152,65 @@ def test_latent_attention_equals_one_head_at_a_time(name: str) -> None:
     assert_same(run(mixer, x), expected, [x, *mixer.parameters()])
 
 
+class LatentAttend(DocumentAttend):
+    """Asks for latents, as a cache does."""
+
+    caches_latents = True
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.key_shapes: list[torch.Size] = []
+
+    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor | None, rule: SoftmaxRule) -> Tensor:
+        assert v is None
+        assert rule.value_size is not None
+        self.key_shapes.append(k.shape[2:])
+        return super().__call__(layer_id, q, k, v, rule)
+
+
+@pytest.mark.parametrize("length", [1, 4, LENGTH])
+@pytest.mark.parametrize("name", LATENTS)
+def test_attention_to_latents_equals_that_to_what_they_expand_to(name: str, length: int) -> None:
+    """Up to 8 and up to 14 tokens, which are multiplied in different ways."""
+    config = replace(LATENT, **LATENTS[name])
+    mixer = LatentAttention(HIDDEN, config, layer_id=0)
+    draw(mixer)
+    x = make_x()[:, :length].requires_grad_()
+    rotation = compute_rotation(make_positions(2, length), config.rope)
+    attend = LatentAttend()
+    found = mixer(x, rotation, attend)
+    assert_same(found, mixer(x, rotation, DocumentAttend(None)), [x, *mixer.parameters()])
+    assert attend.key_shapes == [(cached.num_heads, cached.size) for cached in config.cached] == [(1, 7)]
+
+
+@pytest.mark.parametrize("lengths", [(1, 5), (1, 8), (9, 40)], ids=str)
+@torch.no_grad()
+def test_a_latents_bits_do_not_depend_on_how_many_tokens_there_are(lengths: tuple[int, int]) -> None:
+    """A bmm of torch over all tokens gives other bits for one than for five."""
+    mixer = LatentAttention(
+        64, replace(LATENT, latent_rank=96, nope_head_dim=48, value_head_dim=40), layer_id=0
+    )
+    draw(mixer)
+    mixer.float()
+    x = torch.randn(1, lengths[1], 64, generator=torch.Generator().manual_seed(2))
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watched(LatentAttend):
+        def __call__(
+            self, layer_id: int, q: Tensor, k: Tensor, v: Tensor | None, rule: SoftmaxRule
+        ) -> Tensor:
+            seen.append((q, k))
+            return q[..., : rule.value_size]
+
+    outputs = [
+        mixer(x[:, :n], compute_rotation(make_positions(1, n), mixer.config.rope), Watched()) for n in lengths
+    ]
+    few = lengths[0]
+    assert torch.equal(seen[0][0], seen[1][0][:, :few])
+    assert torch.equal(seen[0][1], seen[1][1][:, :few])
+    assert torch.equal(outputs[0], outputs[1][:, :few])
+
+
 def test_gradcheck_of_latent_attention() -> None:
     mixer = LatentAttention(HIDDEN, replace(LATENT, query_rank=3, bias=True), layer_id=0)
     draw(mixer)
@@ -170,6 +230,7 @@ def test_gradcheck_of_latent_attention() -> None:
 def test_latent_attention_names_its_sizes() -> None:
     assert (LATENT.num_kv_heads, LATENT.key_dim, LATENT.value_dim, LATENT.sliding_window) == (3, 6, 7, None)
     assert LATENT.scale == 6**-0.5
+    assert LATENT.latent_key_dim == 7
     assert replace(LATENT, softmax_scale=0.9).scale == 0.9
     assert (PLAIN.key_dim, PLAIN.value_dim, PLAIN.scale) == (6, 6, 6**-0.5)
     with pytest.raises(ShapeError, match=r"rotary dimensions \(8\) must not exceed head_dim \(6\)"):

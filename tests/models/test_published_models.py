@@ -170,6 +170,16 @@ def test_a_published_model_has_the_size_that_it_is_known_for(name: str) -> None:
     assert model.count_parameters() / 1e9 == pytest.approx(billions, rel=4e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_elements"),
+    [("DeepSeek-V3", 61 * 576), ("OLMoE-1B-7B", 16 * 2 * 2048), ("gpt-oss-20b", 24 * 2 * 512)],
+)
+def test_what_a_published_model_caches_of_a_token(name: str, num_elements: int) -> None:
+    """DeepSeek-V3's 70 KB in bfloat16; keys and values of all its heads would be 5 MB."""
+    mixers = read(PUBLISHED[name][1]).mixers
+    assert sum(cached.num_elements for mixer in mixers for cached in mixer.cached) == num_elements
+
+
 def test_every_family_has_a_published_model_here() -> None:
     types = {keys["model_type"] for _, keys in PUBLISHED.values()}
     assert all(types & set(family.model_types) for family in FAMILIES)

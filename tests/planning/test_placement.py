@@ -49,6 +49,22 @@ def test_a_share_bounds_weights_only() -> None:
     assert tier.core_bytes + tier.expert_bytes <= tier.budget.size_bytes < tier.used_bytes
 
 
+def test_what_a_step_computes_takes_room_of_the_first_tier() -> None:
+    budgets = [Budget("GPU memory", 2 * GIB), Budget("RAM", 2 * GIB)]
+    without, with_step = (place(make_footprint(20), budgets, 100, step_bytes=n) for n in (0, 250 * MIB))
+    first, second = with_step.tiers
+    assert (first.step_bytes, second.step_bytes) == (250 * MIB, 0)
+    assert first.used_bytes <= 2 * GIB
+    assert without.tiers[0].num_experts - first.num_experts == pytest.approx(250 / 102, abs=1)
+    assert place(make_footprint(), [Budget("RAM", GIB)], 0, GIB).missing_bytes > GIB
+
+
+def test_every_sequence_has_a_state() -> None:
+    footprint = Footprint(GIB, (MIB,), MIB, state_bytes=7)
+    (tier,) = place(footprint, [Budget("RAM", 4 * GIB)], 10, num_sequences=3).tiers
+    assert tier.kv_bytes == 10 * MIB + 21
+
+
 def test_the_next_tier_takes_what_the_first_cannot() -> None:
     first = Budget("GPU memory", GIB + 250 * MIB, is_share=True)
     second = Budget("RAM", 350 * MIB, is_share=True)
@@ -84,11 +100,12 @@ BUDGETS = st.builds(Budget, st.just("tier"), st.integers(1, 4 * GIB), st.boolean
     ),
     st.lists(BUDGETS, min_size=1, max_size=2),
     st.integers(1, 4096),
+    st.integers(0, GIB),
 )
 def test_no_budget_is_exceeded_and_no_expert_is_lost(
-    footprint: Footprint, budgets: list[Budget], context_tokens: int
+    footprint: Footprint, budgets: list[Budget], context_tokens: int, step_bytes: int
 ) -> None:
-    placement = place(footprint, budgets, context_tokens)
+    placement = place(footprint, budgets, context_tokens, step_bytes)
     num_kept = sum(tier.num_experts for tier in placement.tiers)
     assert num_kept + placement.num_experts_on_disk == len(footprint.section_bytes)
     for tier in placement.tiers:

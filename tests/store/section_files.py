@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from moesys.store import Extent, PartShape, Section, SlotPool, StoredFile
 
 NUM_SECTIONS, PART_BYTES = 12, (40, 24)
+NUM_REQUESTS = 2
+"""Of one section: its first part lies in one piece of the file, though it is two extents."""
+
+
+def _allows_direct_reads() -> bool:
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    with tempfile.NamedTemporaryFile() as file:
+        try:
+            os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+        except OSError:
+            return False
+    return True
+
+
+needs_direct_reads = pytest.mark.skipif(
+    not _allows_direct_reads(), reason="the file system of temporary files has no direct reads"
+)
 
 
 def write_sections(path: Path) -> dict[int, Section]:

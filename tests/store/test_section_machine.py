@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from section_files import PART_BYTES, make_pool, read_expected, write_sections
 
-from moesys.errors import SectionReadError
+from moesys.errors import SectionReadError, ShapeError
 from moesys.store import LeastRecent, SectionCache, SectionReader
+from moesys.store.cache import CacheMemory
 
 NUM_SLOTS, NUM_KEYS = 3, 6
+SECTION = sum(PART_BYTES)
 WAIT_S = 10
 KEYS = st.integers(0, NUM_KEYS - 1)
 
@@ -38,7 +41,7 @@ class Permits:
         with self._changed:
             self._verdicts.pop(key, None)
 
-    def read_at(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+    def read_at(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         first, second = PART_BYTES
         half = len(self.data) // (first + second) * first
         key = offset // first if offset < half else (offset - half) // second
@@ -47,7 +50,7 @@ class Permits:
             arrives = self._verdicts[key]
         if not arrives:
             raise OSError(5, "Input/output error")
-        return os.preadv(descriptor, [buffer], offset)
+        return os.preadv(descriptor, buffers, offset)
 
     data = b""
 
@@ -60,6 +63,7 @@ class Shadow:
     has_failed: bool = False
     num_pins: int = 0
     last_turn: int | None = None
+    is_guess: bool = False
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -74,7 +78,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.reader = SectionReader(3 * NUM_SLOTS, read_at=self.permits.read_at)
         self.cache = SectionCache(make_pool(NUM_SLOTS), sections, self.reader, LeastRecent())
         self.here: dict[int, Shadow] = {}
+        self.residents: set[int] = set()
         self.turn = self.num_loads = self.num_wasted = self.num_demands = 0
+        self.num_used = self.num_guesses = self.num_used_guesses = self.num_recorded = 0
+        self.recorded: set[int] = set()
         self.is_closed = False
 
     def teardown(self) -> None:
@@ -88,6 +95,7 @@ class CacheMachine(RuleBasedStateMachine):
             key
             for key, shadow in self.here.items()
             if shadow.is_ready
+            and key not in self.residents
             and not shadow.num_pins
             and key not in spared
             and (not is_guess or (shadow.last_turn is not None and shadow.last_turn < self.turn - 1))
@@ -106,8 +114,14 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(gone) == (not has_free)
         for old in gone:
             self.num_wasted += self.here.pop(old).last_turn is None
-        self.here[key] = Shadow()
+        self.here[key] = Shadow(is_guess=is_guess)
         self.num_loads += 1
+        self.num_guesses += is_guess
+
+    def arrive(self, key: int) -> None:
+        self.here[key].is_ready = True
+        self.num_recorded += key not in self.recorded
+        self.recorded.add(key)
 
     def drop_failed(self, key: int) -> None:
         shadow = self.here[key]
@@ -159,7 +173,33 @@ class CacheMachine(RuleBasedStateMachine):
         if key in self.here and self.here[key].is_ready:
             slot = self.cache.use(key)
             assert [part[slot].numpy().tobytes() for part in self.cache.pool.parts] == self.expected[key]
+            if self.here[key].last_turn is None:
+                self.num_used += 1
+                self.num_used_guesses += self.here[key].is_guess
             self.here[key].last_turn = self.turn
+
+    @precondition(lambda self: not self.is_closed)
+    @rule(key=KEYS)
+    def pin_resident(self, key: int) -> None:
+        if key in self.residents:
+            self.cache.pin_resident([key])
+            return
+        if len(self.residents) == NUM_SLOTS - 1:
+            with pytest.raises(ShapeError, match="3 resident sections leave no slot of 3"):
+                self.cache.pin_resident([*self.residents, key])
+            return
+        if key in self.here and self.here[key].has_failed:
+            with pytest.raises(SectionReadError, match="Input/output error"):
+                self.cache.pin_resident([key])
+            return
+        if key not in self.here:
+            self.load(key, is_guess=False, spared=set())
+        if key in self.here:
+            self.permits.decide(key, True)
+            self.cache.pin_resident([key])
+            self.residents.add(key)
+            if not self.here[key].is_ready:
+                self.arrive(key)
 
     @precondition(lambda self: not self.is_closed)
     @rule(key=KEYS, arrives=st.sampled_from([True, True, True, False]))
@@ -168,11 +208,11 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.permits.decide(key, arrives)
         entry = self.cache._loading[key]
-        assert entry.read is not None
-        self.reader.wait_any([entry.read])
+        assert entry.arrival is not None
+        self.reader.wait_any([entry.arrival])
         if arrives:
             assert self.cache.wait_any([key])
-            self.here[key].is_ready = True
+            self.arrive(key)
             return
         with pytest.raises(SectionReadError, match="Input/output error"):
             self.cache.wait_any([key])
@@ -193,7 +233,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.begin_turn()
         self.cache.collect()
         for key in loading:
-            self.here[key].is_ready = self.cache.is_ready(key)
+            if self.cache.is_ready(key):
+                self.arrive(key)
             self.here[key].has_failed = not self.here[key].is_ready
             self.drop_failed(key)
 
@@ -204,7 +245,20 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.is_ready(key) == (key in self.here and self.here[key].is_ready)
         stats = self.cache.stats
         assert (stats.num_loads, stats.num_wasted) == (self.num_loads, self.num_wasted)
-        assert stats.loaded_bytes == self.num_loads * sum(PART_BYTES)
+        assert stats.loaded_bytes == self.num_loads * SECTION
+        assert (stats.used_bytes, stats.wasted_bytes) == (self.num_used * SECTION, self.num_wasted * SECTION)
+        assert (stats.prefetch_issued, stats.prefetch_used) == (self.num_guesses, self.num_used_guesses)
+        assert (stats.num_recorded, stats.num_unverified) == (self.num_recorded, 0)
+        ready = [key for key, shadow in self.here.items() if shadow.is_ready]
+        loading = [key for key, shadow in self.here.items() if not (shadow.is_ready or shadow.has_failed)]
+        assert self.cache.describe() == CacheMemory(
+            NUM_SLOTS * SECTION,
+            len(ready) * SECTION,
+            len(loading) * SECTION,
+            len(self.residents) * SECTION,
+            NUM_SLOTS - len(self.here),
+        )
+        assert self.residents <= set(ready)
         assert stats.num_hits + stats.num_misses == self.num_demands
         for key, shadow in self.here.items():
             if shadow.is_ready:

@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,11 +49,11 @@ class Gate:
         self.opened, self.entered = threading.Event(), threading.Event()
         self.offsets: list[int] = []
 
-    def read_at(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+    def read_at(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         self.offsets.append(offset)
         self.entered.set()
         assert self.opened.wait(WAIT_S)
-        return os.preadv(descriptor, [buffer], offset)
+        return os.preadv(descriptor, buffers, offset)
 
 
 def test_a_guess_that_becomes_a_demand_goes_before_other_guesses(sections: dict[int, Section]) -> None:
@@ -67,7 +68,7 @@ def test_a_guess_that_becomes_a_demand_goes_before_other_guesses(sections: dict[
         gate.opened.set()
         for read in reads:
             wait(reader, read)
-    assert gate.offsets == [extent.offset for key in (0, 3, 2, 1) for extent in sections[key].extents]
+    assert gate.offsets == [extent.offset for key in (0, 3, 2, 1) for extent in sections[key].extents if extent.part_offset == 0]
 
 
 def test_what_waits_when_the_reader_closes_ends_with_an_error(sections: dict[int, Section]) -> None:
@@ -104,7 +105,7 @@ def test_nothing_is_read_after_closing(sections: dict[int, Section]) -> None:
 def test_whatever_goes_wrong_in_a_thread_ends_the_read_and_the_thread_goes_on(
     error: Exception, sections: dict[int, Section], tmp_path: Path
 ) -> None:
-    def fail(descriptor: int, buffer: memoryview, offset: int) -> int:
+    def fail(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         raise error
 
     with SectionReader(1, read_at=fail) as reader:
@@ -112,7 +113,7 @@ def test_whatever_goes_wrong_in_a_thread_ends_the_read_and_the_thread_goes_on(
             SectionReadError, match=rf"section 4 at byte 160 .* {type(error).__name__}: {error}"
         ):
             read_now(reader, sections[4])
-        reader._read_at = lambda descriptor, buffer, offset: os.preadv(descriptor, [buffer], offset)
+        reader._read_at = os.preadv
         assert read_now(reader, sections[4])[:40] == (tmp_path / "weights.bin").read_bytes()[160:200]
 
 
@@ -137,8 +138,8 @@ def test_whole_pages_are_forgotten_and_each_byte_is_hashed_once(
     hashed: list[int] = []
 
     def note_advice(descriptor: int, offset: int, length: int, kind: int) -> None:
-        assert kind == os.POSIX_FADV_DONTNEED
-        advice.append((offset, length))
+        if kind == os.POSIX_FADV_DONTNEED:
+            advice.append((offset, length))
 
     def note_hash(buffer: memoryview) -> int:
         hashed.append(len(buffer))

@@ -1,17 +1,19 @@
 """Bytes that must survive: training checkpoints with verified manifests, and Hugging Face model folders."""
 
 from moesys.checkpoint.convert import ConvertedModel, convert_model
-from moesys.checkpoint.expert_sections import list_banks
+from moesys.checkpoint.expert_sections import ExpertSections, list_banks
 from moesys.checkpoint.files import FileSystem, WrittenFile, replace_file, write_text_atomic
-from moesys.checkpoint.hf import load_model
 from moesys.checkpoint.hub import ModelSource, resolve_model
-from moesys.checkpoint.inventory import Inventory, LayerExperts, ModelInventory, PartSize, read_inventory
+from moesys.checkpoint.inventory import read_inventory
+from moesys.checkpoint.inventory_records import Inventory, LayerExperts, ModelInventory, PartSize
 from moesys.checkpoint.layout import FolderLayout, read_layout
+from moesys.checkpoint.load import load_model
 from moesys.checkpoint.model_card import CurvePoint, ModelCard
 from moesys.checkpoint.model_writer import ExportedWeights, save_model
 from moesys.checkpoint.new_folder import require_new_folder, write_new_folder
-from moesys.checkpoint.nonfinite import NonFinite, WeightCheck, check_weights
-from moesys.checkpoint.offloaded import OffloadedWeights, open_offloaded
+from moesys.checkpoint.nonfinite import NonFinite, WeightCheck
+from moesys.checkpoint.offloaded import OffloadedWeights, open_weights
+from moesys.checkpoint.packing import pack_model
 from moesys.checkpoint.parts import Part
 from moesys.checkpoint.run_checkpoint import (
     RunState,
@@ -25,11 +27,13 @@ from moesys.checkpoint.safetensors_file import Selection
 from moesys.checkpoint.storage_form import AS_PUBLISHED, StorageForm
 from moesys.checkpoint.text_model import TextModel, TextTools, load_text_model, parse_dtype, read_text_tools
 from moesys.checkpoint.verification import Verification, verify_export
+from moesys.checkpoint.weight_check import check_weights
 
 __all__ = [
     "AS_PUBLISHED",
     "ConvertedModel",
     "CurvePoint",
+    "ExpertSections",
     "ExportedWeights",
     "FileSystem",
     "FolderLayout",
@@ -58,7 +62,8 @@ __all__ = [
     "load_model",
     "load_newest_checkpoint",
     "load_text_model",
-    "open_offloaded",
+    "open_weights",
+    "pack_model",
     "parse_dtype",
     "read_inventory",
     "read_layout",

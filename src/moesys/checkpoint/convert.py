@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from moesys.checkpoint.companion_files import read_companion_files
 from moesys.checkpoint.files import DEFAULT, FileSystem
 from moesys.checkpoint.hf import load_model, read_dtype
-from moesys.checkpoint.layout import read_layout
+from moesys.checkpoint.layout import read_folder_layout
 from moesys.checkpoint.model_writer import save_model
 from moesys.checkpoint.new_folder import require_new_folder, write_new_folder
 from moesys.checkpoint.storage_form import AS_PUBLISHED, StorageForm
@@ -24,7 +25,6 @@ from moesys.checkpoint.verification import (
     compute_prompt_logits,
     compute_written_logits,
 )
-from moesys.data.tokenizer_files import read_tokenizer_files
 from moesys.errors import ConfigError
 from moesys.units import format_bytes, format_count
 
@@ -37,8 +37,6 @@ _KEPT_KEYS = (
     "router_aux_loss_coef",
 )
 """Keys of ``config.json`` that say nothing of the shape; what else a family does not write is left out."""
-
-_KEPT_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def convert_model(
     """
     _require_apart(source.resolve(), target.resolve())
     require_new_folder(target)
-    layout = read_layout(source)
+    layout = read_folder_layout(source)
     family = form.arrange(layout.decoder, layout.family)
     own_dtype = read_dtype(layout.keys)
     dtype = dtype or own_dtype
@@ -88,7 +86,7 @@ def convert_model(
             model, draft, dtype, kept, files, family=family, max_shard_bytes=form.max_shard_bytes
         )
         num_bytes = sum(file.size_bytes for file in exported.files.values())
-        for name, contents in _read_kept_files(source).items():
+        for name, contents in read_companion_files(source).items():
             (draft / name).parent.mkdir(exist_ok=True)
             num_bytes += files.write_new_file(draft / name, [contents], len(contents)).size_bytes
         verification = None
@@ -103,8 +101,3 @@ def convert_model(
 def _require_apart(source: Path, target: Path) -> None:
     if target == source or source in target.parents:
         raise ConfigError(f"{target} lies in the folder that is read, {source}; give another one with --to")
-
-
-def _read_kept_files(source: Path) -> dict[str, bytes]:
-    others = {name: (source / name).read_bytes() for name in _KEPT_FILES if (source / name).is_file()}
-    return {**read_tokenizer_files(source), **others}

@@ -39,7 +39,7 @@ class ExpertSections:
 
 def is_of_experts(source: TensorSource, model: Decoder) -> bool:
     """Whether a tensor of the checkpoint is part of a bank of experts."""
-    return _find_base(source.stored.view) in _list_parameters(model)
+    return find_base(source.stored.view) in _list_parameters(model)
 
 
 def find_expert_sections(
@@ -55,7 +55,7 @@ def find_expert_sections(
     extents: dict[ExpertKey, list[Extent]] = {}
     files: dict[Path, StoredFile] = {}
     for source in sources:
-        layer_id, part, parameter = places[_find_base(source.stored.view)]
+        layer_id, part, parameter = places[find_base(source.stored.view)]
         values = _require_plain(source, model, family)
         if values.record.torch_dtype != dtype:
             raise ModelFormatError(
@@ -73,7 +73,7 @@ def find_expert_sections(
             key: Section(f"layer {key[0]}, expert {key[1]}", tuple(parts))
             for key, parts in sorted(extents.items())
         },
-        layouts={layer_id: _make_layout(bank, dtype) for layer_id, bank in list_banks(model)},
+        layouts={layer_id: make_plain_layout(bank, dtype) for layer_id, bank in list_banks(model)},
     )
 
 
@@ -130,12 +130,14 @@ def list_banks(model: Decoder) -> Iterator[tuple[int, ExpertBank]]:
             yield layer_id, block.feed_forward.experts
 
 
-def _make_layout(bank: ExpertBank, dtype: torch.dtype) -> PlainLayout:
+def make_plain_layout(bank: ExpertBank, dtype: torch.dtype) -> PlainLayout:
+    """Returns what a slot holds for an expert of a bank that is stored as ``dtype``."""
     _, hidden_size, inner_size = bank.down_EDF.shape
     return PlainLayout(hidden_size, inner_size, dtype, bank.form, bank.down_bias_ED is not None)
 
 
-def _find_base(view: Tensor) -> int:
+def find_base(view: Tensor) -> int:
+    """Returns the identity of the parameter that a tensor is, or is a view of."""
     base = view._base
     return id(view if base is None else base)
 

@@ -138,6 +138,11 @@ def open_unread_model(folder: Path, dtype: torch.dtype | None = None) -> Iterato
 def read_config_file(folder: Path) -> dict[str, Any]:
     """Returns the keys of a folder's ``config.json``; raises `ModelFormatError` with what is missing."""
     path = folder / "config.json"
+    if folder.is_file():
+        raise ModelFormatError(
+            f"{folder} is a file, and the folder of a Hugging Face checkpoint is needed here; a packed file can be "
+            "run, evaluated and inspected; for all else give the folder that it was packed from"
+        )
     if not folder.is_dir():
         raise ModelFormatError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
     if (folder / "config.toml").exists() and not path.exists():
@@ -327,6 +332,11 @@ def read_dtype(keys: Mapping[str, Any]) -> torch.dtype:
             f"dtype {name!r} in config.json is not supported (supported: {', '.join(dtypes)})"
         )
     return dtypes[name]
+
+
+def cast_outline(model: Decoder, dtype: torch.dtype) -> None:
+    """Gives every parameter of a model without memory its final dtype."""
+    _materialise(model, dtype, lambda module: True)
 
 
 def _materialise(model: Decoder, dtype: torch.dtype, leaves_out: LeavesOut) -> None:

@@ -1,4 +1,4 @@
-"""What a model folder holds, told from its headers and ``config.json``: no weight is read.
+"""What a model folder or a packed file holds, told from headers and config: no weight is read.
 
 Knows files, families and parts; knows nothing of budgets. A folder that moesys cannot load still has an inventory: of
 its files, and of as much of the model as is understood, with the reason why not.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,106 +23,37 @@ from moesys.checkpoint.hf import (
     read_dtype,
     refusing_odd_sizes,
 )
+from moesys.checkpoint.inventory_records import (
+    Inventory,
+    ModelInventory,
+    PartSize,
+    divide_experts,
+    name_format,
+)
 from moesys.checkpoint.model_files import FileTensor, open_model_files
+from moesys.checkpoint.packed_file import is_packed_path
+from moesys.checkpoint.packed_inventory import read_packed_inventory
 from moesys.checkpoint.parts import Part, Place, PlaceFinder, iterate_places
 from moesys.checkpoint.quantization import Fp8Blocks, read_fp8_blocks
 from moesys.checkpoint.tensor_source import Fp8Source, Mxfp4Source, TensorSource, find_source
 from moesys.errors import ModelFormatError, MoesysError
 from moesys.models import Decoder, DecoderConfig, Family, make_skeleton
-from moesys.moe import MoEConfig, Router
+from moesys.moe import Router
 
 _EMBEDDING_NAME = "model.embed_tokens.weight"
 _HEAD_NAME = "lm_head.weight"
-_FORMAT_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8"}
 
 
-@dataclass(frozen=True)
-class PartSize:
-    """How large a part is: its weights, their bytes in the files, and their bytes in memory once loaded."""
-
-    num_parameters: int = 0
-    stored_bytes: int = 0
-    loaded_bytes: int = 0
-
-    def __add__(self, other: PartSize) -> PartSize:
-        return PartSize(
-            self.num_parameters + other.num_parameters,
-            self.stored_bytes + other.stored_bytes,
-            self.loaded_bytes + other.loaded_bytes,
-        )
-
-    def divide(self, count: int) -> PartSize:
-        """Returns the size of each of ``count`` equal pieces."""
-        return PartSize(self.num_parameters // count, self.stored_bytes // count, self.loaded_bytes // count)
-
-
-@dataclass(frozen=True)
-class LayerExperts:
-    """The experts of one layer; ``each`` is the size of one."""
-
-    layer_id: int
-    num_experts: int
-    top_k: int
-    each: PartSize
-
-
-@dataclass(frozen=True)
-class ModelInventory:
-    """A model that moesys knows.
-
-    loaded_dtype:  of the weights in memory; routers are float32 always.
-    parts:         of the model, those that it does not have left out.
-    formats:       bytes in the files by how numbers are stored, with the scales of quantised ones.
-    unused_bytes:  of tensors that are not read, such as layers that predict further tokens.
-    """
-
-    family: Family
-    config: DecoderConfig
-    loaded_dtype: torch.dtype
-    parts: Mapping[Part, PartSize]
-    experts: tuple[LayerExperts, ...]
-    formats: Mapping[str, int]
-    unused_bytes: int
-
-    @property
-    def total(self) -> PartSize:
-        return sum(self.parts.values(), PartSize())
-
-    @property
-    def num_active_parameters(self) -> int:
-        """Weights that take part in a token: all but the experts that are not chosen."""
-        idle = sum((e.num_experts - e.top_k) * e.each.num_parameters for e in self.experts)
-        return self.total.num_parameters - idle
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """A model folder.
-
-    stored_bytes:  of all tensors, in ``dtypes`` by what the headers call their dtype.
-    model:         None where moesys does not know the family or cannot read the config.
-    obstacle:      why moesys cannot load the folder; None where nothing in the headers speaks against it.
-    """
-
-    folder: Path
-    model_type: str
-    num_files: int
-    num_tensors: int
-    dtypes: Mapping[str, int]
-    model: ModelInventory | None
-    obstacle: str | None
-
-    @property
-    def stored_bytes(self) -> int:
-        return sum(self.dtypes.values())
-
-
-def read_inventory(folder: Path, dtype: torch.dtype | None = None) -> Inventory:
-    """Reads the headers of a model folder.
+def read_inventory(path: Path, dtype: torch.dtype | None = None) -> Inventory:
+    """Reads the headers of a model folder or of a packed file.
 
     dtype: as which the model would be loaded; None for the checkpoint's own. Raises `ModelFormatError` where
-    ``config.json`` or the files themselves cannot be read.
+    ``config.json`` or the files themselves cannot be read, and for a dtype that a packed file does not have.
     """
+    return read_packed_inventory(path, dtype) if is_packed_path(path) else _read_folder(path, dtype)
+
+
+def _read_folder(folder: Path, dtype: torch.dtype | None) -> Inventory:
     keys = read_config_file(folder)
     with open_model_files(folder) as tensors:
         dtypes: Counter[str] = Counter()
@@ -204,20 +134,13 @@ def _measure(
         loaded_dtype=dtype,
         parts={part: size for part, size in parts.items() if size.num_parameters},
         experts=tuple(
-            _divide_experts(model.config, place, size)
+            divide_experts(model.config, place, size)
             for place, size in sizes.items()
             if place.part is Part.EXPERTS
         ),
         formats=dict(formats.most_common()),
         unused_bytes=sum(tensor.span.num_bytes for tensor in tensors.values()) - formats.total(),
     )
-
-
-def _divide_experts(config: DecoderConfig, place: Place, size: PartSize) -> LayerExperts:
-    assert place.layer_id is not None
-    layer = config.feed_forwards[place.layer_id]
-    assert isinstance(layer, MoEConfig)
-    return LayerExperts(place.layer_id, layer.num_experts, layer.top_k, size.divide(layer.num_experts))
 
 
 def _count_loaded_bytes(module: nn.Module, dtype: torch.dtype) -> int:
@@ -235,5 +158,4 @@ def _name_format(source: TensorSource) -> str:
         case Mxfp4Source():
             return "mxfp4"
         case _:
-            dtype = next(iter(source.tensors.values())).record.dtype
-            return _FORMAT_NAMES.get(dtype, dtype.lower())
+            return name_format(next(iter(source.tensors.values())).record.dtype)

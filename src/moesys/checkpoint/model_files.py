@@ -59,6 +59,11 @@ class FileTensor:
     record: TensorRecord
     span: Span
 
+    def take(self, index: int) -> FileTensor:
+        """Returns the part at ``index`` of the first dimension."""
+        record = TensorRecord(self.record.dtype, self.record.shape[1:])
+        return FileTensor(record, self.span.cut(index * record.size_bytes, record.size_bytes))
+
 
 @contextmanager
 def open_model_files(folder: Path) -> Iterator[Mapping[str, FileTensor]]:

@@ -50,7 +50,7 @@ class WeightCheck:
         return self.num_bytes / max(self.seconds, 1e-9)
 
 
-def check_weights(
+def check_folder(
     folder: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> WeightCheck:
     """Reads every tensor of a folder and counts what is not finite; ``on_progress`` gets (bytes read, all bytes).

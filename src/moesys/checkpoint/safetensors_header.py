@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -40,12 +41,21 @@ DTYPES = {
 }
 
 
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """What a header says of a tensor: its dtype in safetensors' words, such as ``BF16``, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """Returns the record of a tensor, which may lie on the meta device; raises KeyError for a dtype that files do
+        not have."""
+        return cls(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -99,6 +109,11 @@ def parse_header(contents: bytes, payload_bytes: int) -> dict[str, TensorRecord]
     if position != payload_bytes:
         raise ValueError(f"its tensors end at byte {position} of {payload_bytes}")
     return {name: record for _, _, name, record in spans}
+
+
+def parse_metadata(contents: bytes) -> dict[str, str]:
+    """Returns the texts about the file of a header that `parse_header` takes; none where it has none."""
+    return parse_object(contents, is_strict=True).get(METADATA_NAME, {})
 
 
 def parse_record(name: str, dtype: str, shape: Sequence[object]) -> TensorRecord:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from moesys.checkpoint.decoding import MXFP4_GROUP, decode_fp8, decode_mxfp4
 from moesys.checkpoint.model_files import FileTensor
 from moesys.checkpoint.quantization import Fp8Blocks
 from moesys.checkpoint.safetensors_file import view_bytes
+from moesys.checkpoint.safetensors_header import TensorRecord
 from moesys.checkpoint.streaming import PIECE_BYTES, DirectPiece, Piece, StagedPiece
 from moesys.models import Encoding, StoredTensor
 
@@ -38,6 +39,14 @@ class TensorSource(Protocol):
 
     @property
     def stored(self) -> StoredTensor: ...
+
+    def take(self, index: int) -> TensorSource:
+        """Returns where the part at ``index`` of the first dimension comes from: one expert of a stacked bank."""
+        ...
+
+    def place(self, stored: StoredTensor) -> TensorSource:
+        """Returns where the same tensor comes from when it is to be read into other memory."""
+        ...
 
     @property
     def tensors(self) -> Mapping[str, FileTensor]:
@@ -99,6 +108,14 @@ class PlainSource:
         """See `TensorSource`."""
         return {self.stored.name: self.values}
 
+    def take(self, index: int) -> PlainSource:
+        """See `TensorSource`."""
+        return PlainSource(self.stored.take(index), self.values.take(index))
+
+    def place(self, stored: StoredTensor) -> PlainSource:
+        """See `TensorSource`."""
+        return replace(self, stored=stored)
+
     def find_misfits(self) -> Iterator[str]:
         """See `TensorSource`."""
         record = self.values.record
@@ -145,6 +162,16 @@ class Fp8Source:
     def tensors(self) -> dict[str, FileTensor]:
         """See `TensorSource`."""
         return {self.stored.name: self.values, self.factors_name: self.factors}
+
+    def take(self, index: int) -> Fp8Source:
+        """See `TensorSource`."""
+        record = TensorRecord(self.factors.record.dtype, _factors_shape(self.stored.shape, self.fp8))
+        factors = FileTensor(record, self.factors.span).take(index)
+        return replace(self, stored=self.stored.take(index), values=self.values.take(index), factors=factors)
+
+    def place(self, stored: StoredTensor) -> Fp8Source:
+        """See `TensorSource`."""
+        return replace(self, stored=stored)
 
     def find_misfits(self) -> Iterator[str]:
         """See `TensorSource`."""
@@ -206,6 +233,14 @@ class Mxfp4Source:
     def tensors(self) -> dict[str, FileTensor]:
         """See `TensorSource`."""
         return {f"{self.stored.name}_blocks": self.blocks, f"{self.stored.name}_scales": self.exponents}
+
+    def take(self, index: int) -> Mxfp4Source:
+        """See `TensorSource`."""
+        return Mxfp4Source(self.stored.take(index), self.blocks.take(index), self.exponents.take(index))
+
+    def place(self, stored: StoredTensor) -> Mxfp4Source:
+        """See `TensorSource`."""
+        return replace(self, stored=stored)
 
     def find_misfits(self) -> Iterator[str]:
         """See `TensorSource`."""

@@ -8,14 +8,19 @@ from typing import Annotated
 
 import typer
 
+from moesys.cli.bench import bench_app
 from moesys.cli.chat import chat
 from moesys.cli.config import config_app
+from moesys.cli.doctor import doctor
 from moesys.cli.eval import evaluate
 from moesys.cli.export import export
 from moesys.cli.generate import generate
 from moesys.cli.inspect import inspect
+from moesys.cli.pack import pack
+from moesys.cli.plan import plan
 from moesys.cli.resume import resume
 from moesys.cli.train import train
+from moesys.cli.verify import verify
 from moesys.env import read_debug
 from moesys.errors import MoesysError
 
@@ -34,6 +39,11 @@ app.command()(inspect)
 app.command()(generate)
 app.command()(chat)
 app.command(name="eval")(evaluate)
+app.command()(doctor)
+app.command()(plan)
+app.command()(verify)
+app.command()(pack)
+app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 
 _state = {"debug": read_debug()}

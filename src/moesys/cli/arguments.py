@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from moesys.config import Config
-    from moesys.inference import OpenModel, SamplingParams
+    from moesys.inference import SamplingParams
 
 ConfigArguments = Annotated[
     list[str] | None,
@@ -40,7 +40,7 @@ ModelArgument = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="A model folder in Hugging Face layout, or org/model[@revision] on the hub.",
+        help="A model folder in Hugging Face layout, a packed file, or org/model[@revision] on the hub.",
         parser=str,
         callback=_find_argument,
     ),
@@ -63,14 +63,6 @@ Seed = Annotated[int | None, typer.Option(help="Equal seeds write equal text.", 
 StopStrings = Annotated[
     list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
 ]
-HostMemory = Annotated[
-    str | None,
-    typer.Option(
-        help="RAM to run within, such as 8GiB, or 50% of the weights; experts that do not fit are read from the disk "
-        "when they are needed.",
-        show_default="all that the model takes",
-    ),
-]
 Dtype = Annotated[str | None, typer.Option(help="fp32 or bf16.", show_default="as stored")]
 
 
@@ -86,18 +78,6 @@ def read_config(arguments: list[str] | None) -> Config:
         )
     overrides = [argument for argument in arguments or [] if "=" in argument]
     return load_config(Path(files[0]) if files else None, overrides)
-
-
-def report_plan(opened: OpenModel) -> None:
-    """Says on stderr what is in memory, where a budget decides it."""
-    if opened.offloaded is not None:
-        print(opened.offloaded.describe_plan(), file=sys.stderr)
-
-
-def report_traffic(opened: OpenModel) -> None:
-    """Says on stderr what came from the disk, where anything does."""
-    if opened.offloaded is not None:
-        print(opened.offloaded.describe_traffic(), file=sys.stderr)
 
 
 def make_sampling(

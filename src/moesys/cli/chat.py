@@ -9,7 +9,6 @@ import typer
 
 from moesys.cli.arguments import (
     Dtype,
-    HostMemory,
     MaxNewTokens,
     MinP,
     ModelArgument,
@@ -19,16 +18,24 @@ from moesys.cli.arguments import (
     TopK,
     TopP,
     make_sampling,
-    report_plan,
-    report_traffic,
 )
+from moesys.cli.memory_options import MemoryOptions, takes_memory_options
 
 
+@takes_memory_options
 def chat(
+    memory: MemoryOptions,
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
     template: Annotated[
         str | None, typer.Option(help="Which of the model's chat templates.", show_default="default")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the conversation to remember, the answer included.",
+            show_default="as many as the model was made for",
+        ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.8,
@@ -38,7 +45,6 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     dtype: Dtype = None,
-    host_memory: HostMemory = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends.
 
@@ -46,13 +52,17 @@ def chat(
 
     Example: `moesys chat runs/demo/export --temperature 0.7`
     """
+    from moesys.checkpoint import read_layout
     from moesys.cli.opening import open_behind_bar
     from moesys.inference import ChatFormat, ChatSession
+    from moesys.inference.chat import choose_context
 
     sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     chat_format = ChatFormat.load(model, template)
-    with open_behind_bar(model, dtype, host_memory) as opened:
-        report_plan(opened)
+    num_positions = choose_context(context, read_layout(model).decoder.position_limit)
+    with open_behind_bar(model, dtype, memory, memory.make_request(num_positions, 1)) as run:
+        opened = run.opened
+        run.report_plan()
         if chat_format.template is None:
             print(
                 "this model has no chat template: it sees a transcript of User: and Assistant: turns",
@@ -66,14 +76,20 @@ def chat(
             max_new_tokens,
             system,
             opened.stop_ids,
+            context=num_positions,
+            prefill_tokens=opened.prefill_tokens,
+            on_first_token=run.note_first_token,
         )
         while line := _read_line():
+            run.begin_text()
             for piece in session.answer(line):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             sys.stdout.write("\n")
             print(session.describe_last(), file=sys.stderr)
-            report_traffic(opened)
+            assert session.last_stats is not None
+            run.report_text(session.last_stats)
+            run.report_traffic()
 
 
 def _read_line() -> str:

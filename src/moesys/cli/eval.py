@@ -22,6 +22,13 @@ def evaluate(
     text_field: Annotated[
         str | None, typer.Option(help="The field that holds the text of records.", show_default="text")
     ] = None,
+    chat_answers: Annotated[
+        str | None,
+        typer.Option(
+            help="all, or the last of each conversation: which answers of chats are scored.",
+            show_default="all",
+        ),
+    ] = None,
     heldout_fraction: Annotated[
         float | None,
         typer.Option(
@@ -35,6 +42,13 @@ def evaluate(
         int | None, typer.Option(min=1, help="Score at most this many.", show_default="all")
     ] = None,
     dtype: Dtype = None,
+    product: Annotated[
+        str | None,
+        typer.Option(
+            help="w8 or w8a8, which rounds activations too: how int8 weights are multiplied.",
+            show_default="w8",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure loss and bits per byte on held-out text, each document seen alone; of chats, on the answers.
@@ -49,16 +63,26 @@ def evaluate(
     from moesys.cli.progress import show_bytes
     from moesys.config import build_config
     from moesys.env import read_cache_dir
+    from moesys.errors import ConfigError
+    from moesys.kernels import Int8Product
     from moesys.training import evaluate_text
 
+    if product is not None and product not in list(Int8Product):
+        raise ConfigError(f"--product ({product!r}) must be {' or '.join(Int8Product)}")
     options = {
-        "source": data, "format": format, "text_field": text_field, "heldout_fraction": heldout_fraction
-    }  # fmt: skip
+        "source": data,
+        "format": format,
+        "text_field": text_field,
+        "chat_answers": chat_answers,
+        "heldout_fraction": heldout_fraction,
+    }
     source = build_config({"data": {key: value for key, value in options.items() if value is not None}}).data
     if data == "stdlib" and heldout_fraction is None:
         heldout_fraction = source.heldout_fraction
     with show_bytes("loading") as on_progress:
-        loaded = load_text_model(model, dtype, on_progress)
+        loaded = load_text_model(
+            model, dtype, on_progress, product=None if product is None else Int8Product(product)
+        )
     evaluation = evaluate_text(
         loaded.decoder, loaded.tokenizer, source, heldout_fraction, stride, max_tokens, read_cache_dir()
     )

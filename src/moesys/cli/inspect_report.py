@@ -10,7 +10,7 @@ from typing import Any
 
 from moesys.checkpoint import Inventory, ModelInventory, PartSize, WeightCheck
 from moesys.cli.inspect_sizing import Sizing
-from moesys.models import AttentionConfig, DecoderConfig, MixerConfig
+from moesys.models import AttentionConfig, DecoderConfig, LatentAttentionConfig, MixerConfig
 from moesys.planning import Placement, TierPlacement
 from moesys.units import format_bytes, format_count
 
@@ -126,7 +126,9 @@ def _describe_mixers(config: DecoderConfig) -> Iterator[str]:
 def _describe_heads(mixer: MixerConfig) -> str:
     if isinstance(mixer, AttentionConfig):
         return f"{mixer.num_heads} heads of {mixer.head_dim}, {mixer.num_kv_heads} for keys and values"
-    return f"latent, {mixer.num_heads} heads of {mixer.key_dim} for keys and {mixer.value_dim} for values"
+    if isinstance(mixer, LatentAttentionConfig):
+        return f"latent, {mixer.num_heads} heads of {mixer.key_dim} for keys and {mixer.value_dim} for values"
+    return mixer.kind
 
 
 def _render_parts(sizing: Sizing) -> Iterator[str]:
@@ -184,7 +186,9 @@ def _render_tier(tier: TierPlacement, sizing: Sizing) -> Iterator[str]:
         yield _render_row("  experts", tier.expert_bytes, f"{tier.num_experts} of them")
     if tier.kv_bytes:
         yield _render_row("  KV cache", tier.kv_bytes, f"{sizing.placement.context_tokens} tokens{beside}")
-    yield _render_row("  reserve", tier.reserve_bytes, f"computing and loading{beside}")
+    if tier.step_bytes:
+        yield _render_row("  a step", tier.step_bytes, f"{sizing.pass_tokens} tokens of a prompt{beside}")
+    yield _render_row("  reserve", tier.reserve_bytes, f"loading and libraries{beside}")
 
 
 def _render_row(name: str, num_bytes: int, note: str) -> str:

@@ -1,4 +1,4 @@
-"""From the options of ``moesys inspect`` to what of a model fits where on this machine."""
+"""From the options of ``moesys inspect`` and ``moesys plan`` to what of a model fits where on this machine."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 from moesys.checkpoint import Inventory, ModelInventory, Part, parse_dtype, read_inventory
 from moesys.errors import ConfigError, IneffectiveOptionError
-from moesys.planning import (
-    Budget,
+from moesys.inference.step_memory import compute_step_bytes
+from moesys.planning.budget import Budget, parse_budget
+from moesys.planning.footprint import (
     Footprint,
-    Placement,
     compute_kv_bytes_per_token,
-    parse_budget,
-    place,
-    read_device_bytes,
-    read_ram_bytes,
+    compute_state_bytes,
+    round_to_pages,
 )
+from moesys.planning.machine import read_device_bytes, read_ram_bytes
+from moesys.planning.placement import Placement, place
+from moesys.planning.plan import PASS_TOKENS
 
 _DEFAULT_CONTEXT_TOKENS = 4096
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -44,11 +45,21 @@ class SizingOptions:
 
 @dataclass(frozen=True)
 class Sizing:
-    """A model that moesys knows, what it needs in memory, and what of that fits where."""
+    """A model that moesys knows, what it needs in memory, and what of that fits where.
+
+    context_tokens:  of the sequence that there is room for.
+    pass_tokens:     of a prompt that are computed together.
+    """
 
     model: ModelInventory
     footprint: Footprint
     placement: Placement
+    context_tokens: int
+    pass_tokens: int
+
+    def count_step_bytes(self, num_tokens: int, num_sequences: int) -> int:
+        """Returns what computing a step of so many tokens takes."""
+        return _count_step_bytes(self.model, num_tokens, self.context_tokens, num_sequences)
 
     @property
     def dtype(self) -> str:
@@ -74,7 +85,10 @@ def read_sized(folder: Path, options: SizingOptions) -> tuple[Inventory, Sizing 
     footprint = _measure_footprint(inventory.model)
     budgets = _read_budgets(options, footprint)
     context_tokens = _choose_context(inventory.model, options.context)
-    return inventory, Sizing(inventory.model, footprint, place(footprint, budgets, context_tokens))
+    pass_tokens = min(PASS_TOKENS[0], context_tokens)
+    step_bytes = _count_step_bytes(inventory.model, pass_tokens, context_tokens, num_sequences=1)
+    placement = place(footprint, budgets, round_to_pages(context_tokens), step_bytes)
+    return inventory, Sizing(inventory.model, footprint, placement, context_tokens, pass_tokens)
 
 
 def _measure_footprint(model: ModelInventory) -> Footprint:
@@ -84,6 +98,13 @@ def _measure_footprint(model: ModelInventory) -> Footprint:
             layer.each.loaded_bytes for layer in model.experts for _ in range(layer.num_experts)
         ),
         kv_bytes_per_token=compute_kv_bytes_per_token(model.config.mixers, model.loaded_dtype.itemsize),
+        state_bytes=compute_state_bytes(model.config.mixers),
+    )
+
+
+def _count_step_bytes(model: ModelInventory, num_tokens: int, context_tokens: int, num_sequences: int) -> int:
+    return compute_step_bytes(
+        model.config, num_tokens, context_tokens, model.loaded_dtype.itemsize, num_sequences
     )
 
 

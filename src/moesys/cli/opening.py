@@ -2,20 +2,107 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+from moesys.cli.memory_options import MemoryOptions
 from moesys.cli.progress import show_bytes
-from moesys.inference import OpenModel, open_model
+from moesys.inference import (
+    GenerationStats,
+    OffloadRequest,
+    OpenModel,
+    RunMeter,
+    Trace,
+    describe_traffic,
+    draw_timeline,
+    find_packed_copy,
+    open_model,
+    require_drawing,
+)
+
+
+class OpenRun:
+    """An open model, and what is said and written about how it runs within its budget. Without one, nothing is."""
+
+    def __init__(self, opened: OpenModel, memory: MemoryOptions, trace: Trace | None) -> None:
+        self.opened = opened
+        self._memory = memory
+        self._trace = trace
+        self._meter: RunMeter | None = None
+
+    def report_plan(self) -> None:
+        """Says on stderr what is in memory, and how fast that will be."""
+        if self.opened.offloaded is not None:
+            print(self.opened.offloaded.describe_plan(), file=sys.stderr)
+
+    def begin_text(self) -> None:
+        """Says that a text begins, of which `report_text` will tell."""
+        if self.opened.offloaded is not None:
+            self._meter = RunMeter(self.opened.offloaded)
+
+    def note_first_token(self) -> None:
+        """Says that its prompt is computed."""
+        if self._meter is not None:
+            self._meter.note_first_token()
+
+    def report_text(self, stats: GenerationStats) -> None:
+        """Says on stderr what a text cost, and writes it where that was asked for."""
+        if self._meter is None:
+            return
+        report = self._meter.report(stats)
+        for line in describe_traffic(report):
+            print(line, file=sys.stderr)
+        if self._memory.stats is not None:
+            self._memory.stats.write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+    def report_traffic(self) -> None:
+        """Says on stderr what came from the disk in all."""
+        if self.opened.offloaded is not None:
+            print(self.opened.offloaded.describe_traffic(), file=sys.stderr)
+
+    def write_files(self) -> None:
+        """Writes the trace, the timeline and the recorded routing that were asked for."""
+        if self._trace is not None and self._memory.trace is not None:
+            self._trace.write(self._memory.trace)
+        if self._trace is not None and self._memory.timeline is not None:
+            draw_timeline(self._trace, self._memory.timeline)
+        recorder = None if self.opened.offloaded is None else self.opened.offloaded.recorder
+        if recorder is not None and self._memory.record is not None:
+            recorder.make_log(origin="moesys").write(self._memory.record)
 
 
 @contextmanager
-def open_behind_bar(folder: Path, dtype: str | None, host_memory: str | None) -> Iterator[OpenModel]:
-    """Opens a model as `open_model` does; the bar has vanished before anything is done with it."""
+def open_behind_bar(
+    path: Path, dtype: str | None, memory: MemoryOptions, request: OffloadRequest | None
+) -> Iterator[OpenRun]:
+    """Opens a model as `open_model` does; the bar has vanished before anything is done with it.
+
+    request: what ``memory`` asks for. When the caller is done without an error, its files are written.
+    """
+    if memory.timeline is not None:
+        require_drawing()
+    trace = Trace() if memory.trace is not None or memory.timeline is not None else None
     with ExitStack() as opened:
+        if memory.offload_dir is not None:
+            with show_bytes("packing") as on_progress:
+                path = find_packed_copy(path, memory.offload_dir, on_progress)
         with show_bytes("loading") as on_progress:
             model = opened.enter_context(
-                open_model(folder, dtype=dtype, host_memory=host_memory, on_progress=on_progress)
+                open_model(
+                    path,
+                    dtype=dtype,
+                    product=memory.parse_product(),
+                    request=request,
+                    usage=memory.usage,
+                    trace=trace,
+                    records=memory.stats is not None or memory.record is not None,
+                    on_progress=on_progress,
+                )
             )
-        yield model
+        run = OpenRun(model, memory, trace)
+        yield run
+        run.write_files()

@@ -80,7 +80,14 @@ class Tokenizer:
                 f"{file}: there is no such file; set data.tokenizer to a tokenizer.json or its folder, "
                 "or leave it out to train a tokenizer on the corpus"
             )
-        files = read_tokenizer_files(file.parent) | {TOKENIZER_FILE: file.read_bytes()}
+        return cls.parse(read_tokenizer_files(file.parent) | {TOKENIZER_FILE: file.read_bytes()}, file)
+
+    @classmethod
+    def parse(cls, files: Mapping[str, bytes], file: Path) -> Self:
+        """Reads a ``tokenizer.json`` among files, by name, that were read already.
+
+        file: where it was found, for messages. Raises like `load`.
+        """
         try:
             inner = tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE].decode())
         except Exception as error:  # the Rust side raises plain Exception

@@ -5,9 +5,14 @@ from moesys.inference.chat_format import ChatFormat
 from moesys.inference.engine import Engine, SequenceStep
 from moesys.inference.generate import Generation, GenerationStats, Stop, generate
 from moesys.inference.offload import OffloadedModel, load_offloaded
+from moesys.inference.offload_plan import OffloadRequest
 from moesys.inference.open_model import OpenModel, open_model
+from moesys.inference.packed_copy import find_packed_copy
+from moesys.inference.run_report import RunMeter, RunReport, describe_traffic
 from moesys.inference.sampling import SamplingParams
 from moesys.inference.text import TextStream
+from moesys.inference.timeline import draw_timeline, require_drawing
+from moesys.inference.trace import Trace
 
 __all__ = [
     "ChatFormat",
@@ -15,13 +20,21 @@ __all__ = [
     "Engine",
     "Generation",
     "GenerationStats",
+    "OffloadRequest",
     "OffloadedModel",
     "OpenModel",
+    "RunMeter",
+    "RunReport",
     "SamplingParams",
     "SequenceStep",
     "Stop",
     "TextStream",
+    "Trace",
+    "describe_traffic",
+    "draw_timeline",
+    "find_packed_copy",
     "generate",
     "load_offloaded",
     "open_model",
+    "require_drawing",
 ]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from moesys.data import Tokenizer
 from moesys.errors import GenerationError
 from moesys.inference.chat_format import ChatFormat, Message
 from moesys.inference.engine import Engine
-from moesys.inference.generate import DEFAULT_NEW_TOKENS, Generation, Stop
+from moesys.inference.generate import (
+    DEFAULT_NEW_TOKENS,
+    PREFILL_TOKENS,
+    Generation,
+    GenerationStats,
+    Stop,
+)
 from moesys.inference.sampling import SamplingParams
 
 
@@ -24,18 +30,36 @@ class ChatSession:
         max_new_tokens: int | None,
         system: str | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        *,
+        context: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+        on_first_token: Callable[[], None] = lambda: None,
     ) -> None:
-        """``stop_ids`` end an answer beside the tokenizer's end of text."""
+        """
+        stop_ids:        end an answer beside the tokenizer's end of text.
+        context:         tokens of conversation and answer together at most; None for as many as the model was made for.
+        prefill_tokens:  of a prompt in one pass, which bounds the memory that it needs.
+        on_first_token:  is called for each answer when its prompt is computed and the first token drawn.
+
+        Raises `GenerationError` for a context that the model does not have or that leaves nothing beside an answer.
+        """
         self._engine = engine
         self._tokenizer = tokenizer
         self._format = chat_format
         self._stop = Stop(chat_format.stop_strings, stop_ids)
         self._sampling = sampling
-        half_context = engine.model.config.position_limit // 2
-        self._max_new_tokens = max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, half_context))
+        self._context = choose_context(context, engine.model.config.position_limit)
+        self._max_new_tokens = max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, self._context // 2))
         self._messages = [] if system is None else [Message("system", system)]
         self._last: Generation | None = None
         self._num_left_out = 0
+        self._prefill_tokens = prefill_tokens
+        self._on_first_token = on_first_token
+
+    @property
+    def last_stats(self) -> GenerationStats | None:
+        """Of the last answer; None before it is complete."""
+        return None if self._last is None else self._last.stats
 
     def answer(self, text: str) -> Iterator[str]:
         """Yields the assistant's turn in pieces; the turn joins the conversation when it is complete.
@@ -51,6 +75,8 @@ class ChatSession:
             self._max_new_tokens,
             self._sampling,
             self._stop,
+            prefill_tokens=self._prefill_tokens,
+            on_first_token=self._on_first_token,
         )
         pieces: list[str] = []
         for piece in self._last:
@@ -66,7 +92,7 @@ class ChatSession:
         return f"{self._last.stats.describe()}{left_out}"
 
     def _fit_prompt(self, turns: list[Message]) -> list[int]:
-        limit = self._engine.model.config.position_limit - self._max_new_tokens
+        limit = self._context - self._max_new_tokens
         num_system = 1 if turns[0].role == "system" else 0
         prompt_ids: list[int] = []
         for first in range(num_system, len(turns), 2):
@@ -76,5 +102,17 @@ class ChatSession:
                 return prompt_ids
         raise GenerationError(
             f"the message needs {len(prompt_ids)} tokens and {self._max_new_tokens} are reserved for the answer, but "
-            f"the model was made for {self._engine.model.config.position_limit}; write less or lower --max-new-tokens"
+            f"the context ends at {self._context}; write less or lower --max-new-tokens"
         )
+
+
+def choose_context(asked: int | None, position_limit: int) -> int:
+    """Returns the tokens of a conversation: those asked for, else all that the model was made for. Raises
+    `GenerationError` for more than these or fewer than 2."""
+    if asked is None:
+        return position_limit
+    if not 2 <= asked <= position_limit:
+        raise GenerationError(
+            f"context ({asked}) must be 2 to {position_limit}, which the model was made for"
+        )
+    return asked

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from moesys.data import ChatTemplate, ChatTemplates, ContentGuard, Conversation, Tokenizer
+from moesys.checkpoint.text_model import read_chat_templates
+from moesys.data import ChatTemplate, ContentGuard, Conversation, Tokenizer
 
 
 class Message(NamedTuple):
@@ -29,13 +30,13 @@ class ChatFormat:
     stop_strings: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, folder: Path, template: str | None = None) -> Self:
-        """Reads a model folder's chat template; without one the transcript format is returned.
+    def load(cls, path: Path, template: str | None = None) -> Self:
+        """Reads the chat template of a model folder or packed file; without one the transcript format is returned.
 
         template: the name of one of several; None takes ``default``. Raises `ModelFormatError` for a template that is
         none or does not exist, and `DataError` for a ``tokenizer_config.json`` that cannot be read.
         """
-        found = ChatTemplates.load(folder).choose(template)
+        found = read_chat_templates(path).choose(template)
         return cls(found, ("\nUser:",) if found is None else ())
 
     def render(self, messages: Sequence[Message]) -> str:

@@ -1,30 +1,24 @@
-"""Text generation for one sequence on top of the engine: the prompt in bounded passes, then a token at a time."""
+"""Text generation for one sequence on top of the engine: the prompt in bounded passes, then a token at a time.
+
+What a text is and when it ends is `continuation`'s; many at once are `batch`'s.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from moesys.data import Tokenizer
 from moesys.errors import GenerationError
-from moesys.inference.engine import Engine, SequenceStep
-from moesys.inference.sampling import SamplingParams, sample_token
-from moesys.inference.text import TextStream
+from moesys.inference.continuation import Continuation, FinishReason, Stop
+from moesys.inference.engine import Engine
+from moesys.inference.sampling import SamplingParams
 
 DEFAULT_NEW_TOKENS = 128
 
 PREFILL_TOKENS = 512
 """Enough rows for matrix products to run at their full rate; what they need besides weights stays small."""
-
-
-class FinishReason(StrEnum):
-    """Why a generation ended."""
-
-    END_OF_TEXT = "end_of_text"
-    STOP_STRING = "stop_string"
-    LENGTH = "length"
 
 
 @dataclass(frozen=True)
@@ -54,16 +48,6 @@ class GenerationStats:
         )
 
 
-@dataclass(frozen=True)
-class Stop:
-    """What ends a text before its length does, beside the tokenizer's end of text."""
-
-    strings: Sequence[str] = ()
-    """The text ends before the first of them."""
-    token_ids: Collection[int] = frozenset()
-    """Further tokens that mean the end of text, and are not shown."""
-
-
 class Generation:
     """A generation in progress: iterate over it, once, for pieces of text, then read ``stats``.
 
@@ -81,68 +65,49 @@ class Generation:
         stop: Stop,
         *,
         prefill_tokens: int = PREFILL_TOKENS,
+        on_first_token: Callable[[], None] = lambda: None,
     ) -> None:
-        """prefill_tokens: of the prompt in one pass, which bounds the memory that it needs."""
+        """
+        prefill_tokens:  of the prompt in one pass, which bounds the memory that it needs.
+        on_first_token:  is called when the prompt is computed and the first token drawn.
+        """
         if prefill_tokens < 1:
             raise GenerationError(f"prefill_tokens ({prefill_tokens}) must be 1 or more")
-        if max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens ({max_new_tokens}) must be 1 or more")
-        if not prompt_ids:
-            raise GenerationError("the prompt has no tokens; start it with the end-of-text token")
         self._engine = engine
-        self._tokenizer = tokenizer
-        self._ids = list(prompt_ids)
-        self._num_prompt = len(prompt_ids)
-        self._limit = len(prompt_ids) + max_new_tokens
-        self._sampling = sampling
+        self._continuation = Continuation(tokenizer, prompt_ids, max_new_tokens, sampling, stop)
         self._prefill_tokens = prefill_tokens
-        self._stream = TextStream(tokenizer.decode, stop.strings, prompt_ids)
-        self._end_ids = {tokenizer.end_of_text_id, *stop.token_ids}
+        self._on_first_token = on_first_token
         self.stats: GenerationStats | None = None
         """Set when the iteration has ended."""
 
     @property
     def new_token_ids(self) -> list[int]:
         """The tokens generated so far, the end-of-text token included."""
-        return self._ids[self._num_prompt :]
+        return self._continuation.new_token_ids
 
     def __iter__(self) -> Iterator[str]:
-        if self.new_token_ids:
+        text = self._continuation
+        if text.num_new:
             raise GenerationError("this generation was iterated before; start a new one")
-        sequence_id = self._engine.open_sequence(self._limit)
+        sequence_id = self._engine.open_sequence(text.max_tokens)
+        prefill_s = decode_s = 0.0
         try:
-            prefill_s, decode_s = self._extend(sequence_id, 0), 0.0
-            while True:
-                reason = self._find_finish()
-                if reason is not FinishReason.END_OF_TEXT and (piece := self._stream.push(self._ids[-1])):
+            while text.finish_reason is None:
+                begin = time.perf_counter()
+                step = text.make_step(sequence_id, self._prefill_tokens)
+                [[logits_V]] = self._engine.step([step])
+                piece = text.take(step, logits_V)
+                if text.num_new <= 1:
+                    prefill_s += time.perf_counter() - begin
+                else:
+                    decode_s += time.perf_counter() - begin
+                if text.num_new == 1:
+                    self._on_first_token()
+                if piece:
                     yield piece
-                if reason is not None or self._stream.is_stopped:
-                    break
-                decode_s += self._extend(sequence_id, len(self._ids) - 1)
-            if rest := self._stream.finish():
-                yield rest
         finally:
             self._engine.close_sequence(sequence_id)
-        if reason is None or self._stream.is_stopped:
-            reason = FinishReason.STOP_STRING
-        self.stats = GenerationStats(self._num_prompt, len(self.new_token_ids), prefill_s, decode_s, reason)
-
-    def _extend(self, sequence_id: int, start: int) -> float:
-        """Runs the tokens from ``start`` on and draws the next one; returns the seconds that took."""
-        begin = time.perf_counter()
-        size = self._prefill_tokens
-        last = start + (len(self._ids) - start - 1) // size * size
-        for first in range(start, last, size):
-            chunk = self._ids[first : first + size]
-            self._engine.step([SequenceStep(sequence_id, first, chunk, num_logits=1)])
-        [[logits_V]] = self._engine.step([SequenceStep(sequence_id, last, self._ids[last:], num_logits=1)])
-        self._ids.append(sample_token(logits_V, self._sampling, len(self._ids), self._ids))
-        return time.perf_counter() - begin
-
-    def _find_finish(self) -> FinishReason | None:
-        if self._ids[-1] in self._end_ids:
-            return FinishReason.END_OF_TEXT
-        return FinishReason.LENGTH if len(self._ids) >= self._limit else None
+        self.stats = GenerationStats(text.num_prompt, text.num_new, prefill_s, decode_s, text.finish_reason)
 
 
 def generate(
@@ -160,9 +125,9 @@ def generate(
     max_new_tokens: None writes 128, or fewer where the model's context leaves less.
     prefill_tokens: of the prompt in one pass, which bounds the memory that it needs.
     """
-    prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+    prompt_ids = encode_prompt(tokenizer, prompt)
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, engine.model.config.position_limit - len(prompt_ids)))
+        max_new_tokens = choose_new_tokens(len(prompt_ids), engine.model.config.position_limit)
     return Generation(
         engine,
         tokenizer,
@@ -172,3 +137,13 @@ def generate(
         stop or Stop(),
         prefill_tokens=prefill_tokens,
     )
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the tokens of a text that begins a document."""
+    return [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+
+
+def choose_new_tokens(num_prompt: int, position_limit: int) -> int:
+    """Returns how many tokens to write after a prompt where nobody says: 128, or what the context leaves."""
+    return max(1, min(DEFAULT_NEW_TOKENS, position_limit - num_prompt))

@@ -1,4 +1,9 @@
-"""Keys and values of the sequences in flight, and the attention that reads them."""
+"""Keys and values of the sequences in flight, and the attention that reads them.
+
+What a mixer caches is its own business: keys and values, or one latent that serves as both. Where it lies is the
+`PagePool`'s. The idea: all new tokens of a step are written at once; then each sequence attends by itself, in a form
+that depends on nothing but its own tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +13,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesys.models import MixerConfig, SoftmaxRule, compute_attention
+from moesys.inference.decode_attention import PIECE_TOKENS, Piece, PieceReader, attend_one
+from moesys.inference.pages import PagePool
+from moesys.models import SoftmaxRule, compute_attention
+from moesys.models.attend import Recurrence, State
 
 
 class SequenceCache:
-    """The keys and values of one sequence: fixed storage for ``capacity`` tokens, allocated once.
+    """The pages of one sequence of at most ``capacity`` tokens; it takes them as it grows."""
 
-    keys, values:  per layer (kv_heads, capacity, key or value elements).
-    """
-
-    def __init__(
-        self, mixers: Sequence[MixerConfig], capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        def allocate(num_heads: int, size: int) -> Tensor:
-            return torch.empty(num_heads, capacity, size, dtype=dtype, device=device)
-
+    def __init__(self, pool: PagePool, capacity: int) -> None:
+        self._pool = pool
+        self._home = pool.allocator.reserve(pool.count_pages(capacity))
         self.capacity = capacity
-        self.keys = [allocate(mixer.num_kv_heads, mixer.key_dim) for mixer in mixers]
-        self.values = [allocate(mixer.num_kv_heads, mixer.value_dim) for mixer in mixers]
+        self.pages: list[int] = []
+        """In the order of the tokens that they hold."""
+        self.states: dict[int, State] = {}
+        """What recurrent mixers keep of the tokens so far, by layer."""
         self.length = 0
         """Tokens whose keys and values are final; set by the engine after a step."""
+
+    @property
+    def num_reserved_pages(self) -> int:
+        """Pages that a sequence of its capacity takes."""
+        return self._pool.count_pages(self.capacity)
+
+    def count_missing_pages(self, num_tokens: int) -> int:
+        """Returns how many more pages ``num_tokens`` take than there are."""
+        return self._pool.count_pages(num_tokens) - len(self.pages)
+
+    def resize(self, num_tokens: int) -> None:
+        """Takes or gives back pages, so that the sequence has as many as ``num_tokens`` take. Enough must be free."""
+        num_pages = self._pool.count_pages(num_tokens)
+        self._pool.allocator.give_back(self.pages[num_pages:])
+        del self.pages[num_pages:]
+        while len(self.pages) < num_pages:
+            self.pages.append(self._pool.allocator.take(self._home))
+
+    def close(self) -> None:
+        """Gives back all pages."""
+        self.resize(0)
+        self._pool.allocator.dissolve(self._home)
+
+    def find_runs(self, start: int, stop: int) -> list[slice]:
+        """Returns the rows of memory that hold the tokens from ``start`` to ``stop``, in as few slices as possible."""
+        size = self._pool.page_tokens
+        runs: list[slice] = []
+        for first in (start, *range((start // size + 1) * size, stop, size)):
+            end = min(stop, (first // size + 1) * size)
+            row = self.pages[first // size] * size + first % size
+            begin = runs.pop().start if runs and runs[-1].stop == row else row
+            runs.append(slice(begin, row + end - first))
+        return runs
+
+    def find_pieces(self, first: int, stop: int) -> list[Piece]:
+        """Returns the tokens from ``first`` to ``stop`` in pieces; see `decode_attention`."""
+        start = first - first % self._pool.page_tokens
+        return [
+            Piece(self.find_runs(begin, min(begin + PIECE_TOKENS, stop)), max(0, first - begin))
+            for begin in range(start, stop, PIECE_TOKENS)
+        ]
 
 
 @dataclass(frozen=True)
@@ -48,42 +93,105 @@ class Span:
         """The position after the last new token."""
         return self.past + self.num_new
 
+    @property
+    def num_missing_pages(self) -> int:
+        """Pages that the sequence lacks for its new tokens; negative where tokens were taken back."""
+        return self.cache.count_missing_pages(self.stop)
+
+    def find_first_visible(self, sliding_window: int | None) -> int:
+        """Returns the first position that any of the new tokens sees."""
+        return 0 if sliding_window is None else max(0, self.past + 1 - sliding_window)
+
 
 class CachedAttend:
     """Attention of flat new tokens, each over the cache of its own sequence. Writes their keys and values there."""
 
-    def __init__(self, spans: list[Span]) -> None:
+    caches_latents = True
+    """A mixer with a latent hands over that alone; see `moesys.models.Attend`."""
+
+    def __init__(self, pool: PagePool, spans: Sequence[Span], reader: PieceReader) -> None:
+        self._pool = pool
         self._spans = spans
+        self._reader = reader
+        runs = [run for span in spans for run in span.cache.find_runs(span.past, span.stop)]
+        rows = [row for run in runs for row in range(run.start, run.stop)]
+        self._rows = torch.tensor(rows, device=pool.device)
+        self._lone_rows = [span.start for span in spans if span.num_new == 1]
+        self._states: list[dict[int, State]] = [{} for _ in spans]
+        self._pieces: dict[int | None, list[list[Piece]]] = {}
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
-    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule) -> Tensor:
+    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor | None, rule: SoftmaxRule) -> Tensor:
         """See `moesys.models.Attend`; batch is 1 and the sequence holds the tokens of all spans."""
-        outputs = [self._attend_span(span, layer_id, q, k, v, rule) for span in self._spans]
-        return torch.cat(outputs, dim=1)
+        cached = self._pool.layers[layer_id]
+        for tensor, new in zip(cached, (k,) if v is None else (k, v), strict=True):
+            tensor.index_copy_(0, self._rows, new[0])
+        keys, values = cached[0], None if v is None else cached[1]
+        size = rule.value_size if values is None else values.shape[2]
+        y_THD = q.new_empty(*q.shape[1:3], size)
+        for span in self._spans:
+            if span.num_new > 1:
+                y_THD[span.start : span.end] = self._attend_tokens(span, q, keys, values, rule)
+        if self._lone_rows:
+            self._attend_lone_tokens(y_THD, q, keys, values, rule)
+        return y_THD[None]
 
-    def _attend_span(
-        self, span: Span, layer_id: int, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule
+    def scan(self, layer_id: int, x: Tensor, recurrence: Recurrence) -> Tensor:
+        """See `moesys.models.Attend`. The states that it leaves behind count when the step is `commit`ted."""
+        outputs: list[Tensor] = []
+        for span, states in zip(self._spans, self._states, strict=True):
+            before = span.cache.states[layer_id] if span.past else None
+            y, states[layer_id] = recurrence(x[0, span.start : span.end], before)
+            outputs.append(y)
+        return torch.cat(outputs)[None]
+
+    def commit(self) -> None:
+        """Makes the new tokens part of their sequences."""
+        for span, states in zip(self._spans, self._states, strict=True):
+            span.cache.states.update(states)
+            span.cache.length = span.stop
+
+    def _attend_lone_tokens(
+        self, y_THD: Tensor, q: Tensor, keys: Tensor, values: Tensor | None, rule: SoftmaxRule
+    ) -> None:
+        """Writes the rows of sequences with one new token each."""
+        if values is None:
+            values = keys[..., : rule.value_size]
+        scaled = q[0, self._lone_rows].float() * rule.scale
+        pieces = self._find_pieces(rule.sliding_window)
+        for row, q_HD, seen in zip(self._lone_rows, scaled, pieces, strict=True):
+            y_THD[row] = attend_one(q_HD, keys, values, seen, rule.sinks_H, self._reader)
+
+    def _find_pieces(self, sliding_window: int | None) -> list[list[Piece]]:
+        """Returns what each lone token sees, found once per step."""
+        if sliding_window not in self._pieces:
+            self._pieces[sliding_window] = [
+                span.cache.find_pieces(span.find_first_visible(sliding_window), span.stop)
+                for span in self._spans
+                if span.num_new == 1
+            ]
+        return self._pieces[sliding_window]
+
+    def _attend_tokens(
+        self, span: Span, q: Tensor, keys: Tensor, values: Tensor | None, rule: SoftmaxRule
     ) -> Tensor:
-        rows = slice(span.start, span.end)
-        keys, values = span.cache.keys[layer_id], span.cache.values[layer_id]
-        keys[:, span.past : span.stop] = k[0, rows].transpose(0, 1)
-        values[:, span.past : span.stop] = v[0, rows].transpose(0, 1)
-        window = rule.sliding_window
-        first = 0 if window is None else max(0, span.past + 1 - window)
-        mask = self._find_mask(span, first, window, q)
-        return compute_attention(
-            q[:, rows],
-            keys[None, :, first : span.stop].transpose(1, 2),
-            values[None, :, first : span.stop].transpose(1, 2),
+        first = span.find_first_visible(rule.sliding_window)
+        runs = span.cache.find_runs(first, span.stop)
+        mask = self._find_mask(span, first, rule.sliding_window, q)
+        y = compute_attention(
+            q[:, span.start : span.end],
+            _gather(keys, runs)[None],
+            None if values is None else _gather(values, runs)[None],
             rule,
             mask,
-            is_causal=mask is None and span.num_new > 1,
+            is_causal=mask is None,
         )
+        return y[0]
 
     def _find_mask(self, span: Span, first: int, sliding_window: int | None, q: Tensor) -> Tensor | None:
-        """Returns the (new tokens, keys from ``first`` on) additive mask, made once per step; None where one token
-        sees every key, or where plain causality from position 0 says it all."""
-        if span.num_new == 1 or (span.past == 0 and (sliding_window is None or sliding_window >= span.stop)):
+        """Returns the (new tokens, keys from ``first`` on) additive mask, made once per step; None where plain
+        causality from position 0 says it all."""
+        if span.past == 0 and (sliding_window is None or sliding_window >= span.stop):
             return None
         key = (span.start, sliding_window)
         if key not in self._masks:
@@ -95,3 +203,8 @@ class CachedAttend:
             mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
             self._masks[key] = mask.masked_fill_(hidden, float("-inf"))
         return self._masks[key]
+
+
+def _gather(cached: Tensor, runs: Sequence[slice]) -> Tensor:
+    """Returns the rows in one piece; a view where they lie so."""
+    return cached[runs[0]] if len(runs) == 1 else torch.cat([cached[run] for run in runs])

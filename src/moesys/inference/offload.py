@@ -1,149 +1,222 @@
 """A model within a budget of memory: what every token uses is resident, experts share the slots that are left.
 
-How a budget is spent is `moesys.planning`'s arithmetic; this carries it out: it allocates the slots and puts a cache of
-experts behind the expert-source seam. The model and the kernels are those of a resident run.
+How a budget is spent is planned elsewhere; this carries it out: it allocates the slots and puts caches of experts
+behind the expert-source seam. The model and the kernels are those of a resident run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from moesys.checkpoint import OffloadedWeights, list_banks, open_offloaded
-from moesys.errors import GenerationError
-from moesys.inference.generate import PREFILL_TOKENS
-from moesys.inference.step_memory import compute_step_bytes
+from moesys.checkpoint import ExpertSections, list_banks, open_weights, read_layout
+from moesys.inference.offload_plan import OffloadPlan, OffloadRequest, divide_slots, plan_offload
+from moesys.inference.pages import PAGE_TOKENS
+from moesys.inference.trace import Trace, TracedSource
+from moesys.kernels import Int8Product
 from moesys.models import Decoder
-from moesys.moe import CachedLayer, CachedSource, Execution, LocalDispatcher, SlotLayout
-from moesys.planning import Budget, Footprint, TierPlacement, compute_kv_bytes_per_token, parse_budget, place
-from moesys.store import LeastRecent, SectionCache, SectionReader, SlotPool
+from moesys.moe import (
+    CachedLayer,
+    CachedSource,
+    EarlyRouter,
+    Execution,
+    ExpertKey,
+    ExpertSource,
+    LocalDispatcher,
+    RoutingRecorder,
+    ScoredPredictor,
+    SlotLayout,
+    find_layers,
+)
+from moesys.store import (
+    CacheStats,
+    ChecksumRecord,
+    Section,
+    SectionCache,
+    SectionReader,
+    SlotPool,
+    UsageProfile,
+    make_policy,
+    preload,
+)
 from moesys.units import format_bytes
-
-_MIN_SLOTS = 2
-"""One to compute from while the next is filled."""
 
 
 @dataclass(frozen=True)
 class OffloadedModel:
     """A model whose experts come and go, ready for an `Engine`.
 
-    tier:         how the memory is spent.
-    step_bytes:   of it, or beside it where the budget is a share, for what a pass over ``PREFILL_TOKENS`` computes.
-    num_experts:  of all layers; ``tier.num_experts`` of them are in memory.
+    experts:    on the disk; ``plan.tier.num_experts`` of them fit in memory.
+    caches:     one for each shape of experts.
+    recorder:   what every layer asked for so far; None where that is not recorded.
+    predictor:  what is read ahead on a guess, and how often that was right; None where nothing is guessed.
     """
 
     model: Decoder
     execution: Execution
-    tier: TierPlacement
-    step_bytes: int
-    cache: SectionCache
-    num_experts: int
+    experts: ExpertSections
+    plan: OffloadPlan
+    caches: Mapping[SlotLayout, SectionCache[SlotPool]]
+    recorder: RoutingRecorder | None
+    predictor: ScoredPredictor | None
 
-    def describe_plan(self) -> str:
-        """One line for people: what is where."""
-        slots = self.tier.num_experts
-        return (
-            f"{format_bytes(self.tier.core_bytes)} of weights resident, {slots} of {self.num_experts} experts "
-            f"({slots / self.num_experts:.0%}, {format_bytes(self.tier.expert_bytes)}) kept in memory, "
-            f"{format_bytes(self.tier.kv_bytes)} for keys and values, {format_bytes(self.step_bytes)} for a pass of "
-            f"{PREFILL_TOKENS} tokens"
+    @property
+    def num_experts(self) -> int:
+        """Of all layers."""
+        return len(self.experts.sections)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of keys and values that the plan has room for."""
+        return self.plan.batch_size * -(-self.plan.num_positions // PAGE_TOKENS)
+
+    @property
+    def stats(self) -> CacheStats:
+        """Of all caches together."""
+        return CacheStats(
+            **{
+                field.name: sum(getattr(cache.stats, field.name) for cache in self.caches.values())
+                for field in fields(CacheStats)
+            }
         )
 
+    def describe_plan(self) -> str:
+        """One line for people: what is where; a second one with the forecast, or with how to have one."""
+        tier, plan = self.plan.tier, self.plan
+        slots = sum(cache.pool.num_slots for cache in self.caches.values())
+        slot_bytes = sum(cache.pool.num_bytes for cache in self.caches.values())
+        where = (
+            f"{format_bytes(tier.core_bytes)} of weights resident, {slots} of {self.num_experts} experts "
+            f"({slots / self.num_experts:.0%}, {format_bytes(slot_bytes)}) kept in memory, "
+            f"{format_bytes(tier.kv_bytes)} for keys and values of {plan.batch_size * plan.num_positions} tokens, "
+            f"{format_bytes(tier.step_bytes)} for a pass of {plan.prefill_tokens} tokens"
+        )
+        forecast = (
+            "no forecast of the speed: run moesys doctor once, which takes less than a minute"
+            if plan.predicted is None
+            else plan.predicted.describe()
+        )
+        return f"{where}\n{forecast}"
+
     def describe_traffic(self) -> str:
-        """One line for people: what the cache did so far."""
-        stats = self.cache.stats
+        """One line for people: what the caches did so far."""
+        stats = self.stats
         asked = stats.num_hits + stats.num_misses
+        unverified = f", {stats.num_unverified} UNVERIFIED" if stats.num_unverified else ""
         return (
             f"{stats.num_hits / max(asked, 1):.0%} of {asked} expert uses found in memory, "
             f"{format_bytes(stats.loaded_bytes)} read from the disk in {stats.num_loads} experts, "
-            f"{stats.num_wasted} of them never used"
+            f"{stats.num_wasted} of them never used{unverified}; {stats.stall_s:.2f} s of waiting"
         )
 
 
 @contextmanager
 def load_offloaded(
-    folder: Path,
-    host_memory: str,
+    path: Path,
+    request: OffloadRequest,
     *,
-    num_positions: int | None = None,
-    num_slots: int | None = None,
+    product: Int8Product | None = None,
+    usage: Path | None = None,
+    trace: Trace | None = None,
+    records: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[OffloadedModel]:
-    """Loads a model folder within a budget; its files stay open inside, and outside it computes no more.
+    """Loads a model folder or a packed file within a budget; its files stay open inside, and outside it computes no
+    more.
 
-    host_memory:    a size for everything, such as ``8GiB``, or a share of the weights, such as ``50%``.
-    num_positions:  tokens of the sequences that will be open at once; None for one of the model's full context.
-    num_slots:      experts in memory, at most as many as the budget holds; None for as many. For tests and diagnosis.
-    on_progress:    gets (bytes read, bytes to read), of what stays in memory.
+    product:      how int8 weights are multiplied; None for ``w8``.
+    usage:        file of how often each expert was used: read where it exists, so that the run begins with what is used
+                  most, and written at the end.
+    trace:        is told of everything that is read and computed.
+    records:      whether all routing is kept, to be replayed afterwards; it takes memory with every token.
+    on_progress:  gets (bytes read, bytes to read), of what stays in memory.
 
-    Raises `ModelFormatError` for a folder whose experts cannot be read one by one, `ConfigError` for a budget that is
-    none, and `GenerationError` for one that is too small or a number of slots beyond it; nothing is loaded then.
+    Raises `ModelFormatError` for a model whose experts cannot be read one by one, `ConfigError` for a budget that is
+    none, `GenerationError` for one that is too small, and `DataError` for another model's usage; nothing is loaded
+    then.
     """
-    with open_offloaded(folder) as weights, SectionReader() as reader:
-        footprint = _measure_footprint(weights)
-        budget = parse_budget(host_memory, "--host-memory", "RAM", footprint.weight_bytes)
-        if num_positions is None:
-            num_positions = weights.config.position_limit
-        step_bytes = compute_step_bytes(
-            weights.config, min(PREFILL_TOKENS, num_positions), num_positions, weights.dtype.itemsize
+    with ExitStack() as stack:
+        weights = stack.enter_context(open_weights(path, product))
+        plan = plan_offload(path, weights, request)
+        profile = None if usage is None else _read_usage(usage, path)
+        reader = stack.enter_context(
+            SectionReader(
+                plan.num_readers,
+                mode=plan.read_mode,
+                verifies=request.verifies,
+                checksums=ChecksumRecord.open_default() if request.verifies else None,
+                on_read=None if trace is None else trace.record_read,
+            )
         )
-        tier = _spend(budget, footprint, num_positions, step_bytes)
-        if num_slots is not None:
-            tier = _limit_slots(tier, num_slots, footprint)
-        pool = SlotPool(tier.num_experts, _find_layout(weights).part_shapes)
+        caches = _make_caches(weights.experts, plan, reader, profile)
         model = weights.load_resident(on_progress)
-        cache = SectionCache(pool, weights.experts.sections, reader, LeastRecent())
+        predictor = stack.enter_context(_open_predictor(model, caches.values())) if request.predicts else None
         layers = {
-            layer_id: CachedLayer(cache, bank.down_EDF.shape[0], weights.experts.layouts[layer_id])
+            layer_id: CachedLayer(
+                caches[weights.experts.layouts[layer_id]],
+                bank.down_EDF.shape[0],
+                weights.experts.layouts[layer_id],
+            )
             for layer_id, bank in list_banks(model)
         }
-        execution = Execution(LocalDispatcher(), CachedSource(layers))
-        yield OffloadedModel(model, execution, tier, step_bytes, cache, len(weights.experts.sections))
-
-
-def _measure_footprint(weights: OffloadedWeights) -> Footprint:
-    return Footprint(
-        core_bytes=weights.resident_bytes,
-        section_bytes=tuple(section.num_bytes for section in weights.experts.sections.values()),
-        kv_bytes_per_token=compute_kv_bytes_per_token(weights.config.mixers, weights.dtype.itemsize),
-    )
-
-
-def _spend(budget: Budget, footprint: Footprint, num_positions: int, step_bytes: int) -> TierPlacement:
-    left = budget if budget.is_share else replace(budget, size_bytes=budget.size_bytes - step_bytes)
-    (tier,) = place(footprint, [left], num_positions).tiers
-    if tier.missing_bytes or tier.num_experts < _MIN_SLOTS:
-        needed = {
-            "resident weights": tier.core_bytes,
-            f"{_MIN_SLOTS} experts": _MIN_SLOTS * footprint.slot_bytes,
-        }
-        if not budget.is_share:
-            needed[f"keys and values of {num_positions} tokens"] = tier.kv_bytes
-            needed["a pass of the prompt"] = step_bytes
-            needed["a reserve"] = tier.reserve_bytes
-        parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
-        raise GenerationError(
-            f"--host-memory {format_bytes(budget.size_bytes)} is less than {parts} = "
-            f"{format_bytes(sum(needed.values()))}; raise it"
+        cached = CachedSource(layers, predictor=predictor)
+        if trace is not None:
+            trace.name_sections(weights.experts.sections)
+        source: ExpertSource = cached if trace is None else TracedSource(cached, trace)
+        recorder = RoutingRecorder(source) if records else None
+        if profile is not None:
+            for cache in caches.values():
+                preload(cache, profile, weights.experts.sections)
+        yield OffloadedModel(
+            model,
+            Execution(LocalDispatcher(), source if recorder is None else recorder),
+            weights.experts,
+            plan,
+            caches,
+            recorder,
+            predictor,
         )
-    return replace(tier, budget=budget)
+        if usage is not None and profile is not None:
+            profile.follow(cached.uses).write(usage)
 
 
-def _limit_slots(tier: TierPlacement, num_slots: int, footprint: Footprint) -> TierPlacement:
-    if not 1 <= num_slots <= tier.num_experts:
-        raise GenerationError(
-            f"num_slots ({num_slots}) must be 1 to {tier.num_experts}, as many experts as the budget holds; raise the "
-            "budget or leave it out"
+@contextmanager
+def _open_predictor(model: Decoder, caches: Collection[SectionCache[SlotPool]]) -> Iterator[ScoredPredictor]:
+    """Asks each layer's router early, with what the layer before saw."""
+    routers = {layer_id: layer.router for layer_id, layer in find_layers(model).items()}
+    with EarlyRouter(routers) as early:
+        yield ScoredPredictor(early, lambda key: any(cache.is_here(key) for cache in caches))
+
+
+def _make_caches(
+    experts: ExpertSections, plan: OffloadPlan, reader: SectionReader, usage: UsageProfile | None
+) -> dict[SlotLayout, SectionCache[SlotPool]]:
+    sections: dict[SlotLayout, dict[ExpertKey, Section]] = {layout: {} for layout in experts.layouts.values()}
+    for key, section in experts.sections.items():
+        sections[experts.layouts[key[0]]][key] = section
+    sizes = {layout: [s.num_bytes for s in of_layout.values()] for layout, of_layout in sections.items()}
+    return {
+        layout: SectionCache(
+            SlotPool(num_slots, layout.part_shapes),
+            sections[layout],
+            reader,
+            make_policy(plan.request.policy, usage),
         )
-    return replace(tier, num_experts=num_slots, expert_bytes=num_slots * footprint.slot_bytes)
+        for layout, num_slots in divide_slots(plan, sizes).items()
+    }
 
 
-def _find_layout(weights: OffloadedWeights) -> SlotLayout:
-    layouts = set(weights.experts.layouts.values())
-    if len(layouts) > 1:
-        raise GenerationError(
-            f"experts of {len(layouts)} shapes cannot share slots; run this model without --host-memory"
-        )
-    return layouts.pop()
+def _read_usage(file: Path, model: Path) -> UsageProfile:
+    """Returns the profile in a file, an empty one where there is no file yet."""
+    name = _identify(model)
+    return UsageProfile.read(file, name) if file.exists() else UsageProfile(name, {})
+
+
+def _identify(model: Path) -> str:
+    """Returns what tells models apart whose experts are used differently: their config."""
+    keys = json.dumps(read_layout(model).keys, sort_keys=True)
+    return hashlib.sha256(keys.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A model folder opened for writing text: resident, or within a budget of memory."""
+"""A model opened for writing text: resident, or within a budget of memory."""
 
 from __future__ import annotations
 
@@ -11,49 +11,64 @@ from moesys.checkpoint import load_text_model, read_text_tools
 from moesys.data import Tokenizer
 from moesys.errors import IneffectiveOptionError
 from moesys.inference.engine import Engine
+from moesys.inference.generate import PREFILL_TOKENS
 from moesys.inference.offload import OffloadedModel, load_offloaded
+from moesys.inference.offload_plan import OffloadRequest
+from moesys.inference.trace import Trace
+from moesys.kernels import Int8Product
 
 
 @dataclass(frozen=True)
 class OpenModel:
     """An engine with what turns text into tokens and back.
 
-    offloaded: None where all weights are in memory.
+    prefill_tokens:  of a prompt in one pass, at most.
+    offloaded:       None where all weights are in memory.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
+    prefill_tokens: int = PREFILL_TOKENS
     offloaded: OffloadedModel | None = None
 
 
 @contextmanager
 def open_model(
-    folder: Path,
+    path: Path,
     *,
     dtype: str | None = None,
-    host_memory: str | None = None,
+    product: Int8Product | None = None,
+    request: OffloadRequest | None = None,
+    usage: Path | None = None,
+    trace: Trace | None = None,
+    records: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[OpenModel]:
-    """Opens a Hugging Face folder.
+    """Opens a Hugging Face folder or a packed file.
 
-    dtype:        ``fp32``, ``bf16`` or None for the stored one.
-    host_memory:  the budget within which it runs, a size or a share of the weights; None holds all weights.
-    on_progress:  gets (bytes read, bytes to read) while it is opened.
+    dtype:                  ``fp32``, ``bf16`` or None for the stored one.
+    product:                how int8 weights are multiplied; None for ``w8``.
+    request:                the budget within which it runs; None holds all weights.
+    usage, trace, records:  of a run within a budget, see `load_offloaded`.
+    on_progress:            gets (bytes read, bytes to read) while it is opened.
 
-    Raises `ModelFormatError`, `DataError`, and for budgets `ConfigError` or `GenerationError`.
+    Raises `ModelFormatError`, `DataError`, for budgets `ConfigError` or `GenerationError`, and
+    `IneffectiveOptionError` for a dtype beside a budget.
     """
-    if host_memory is None:
-        loaded = load_text_model(folder, dtype, on_progress)
+    if request is None:
+        loaded = load_text_model(path, dtype, on_progress, product=product)
         yield OpenModel(Engine(loaded.decoder), loaded.tokenizer, loaded.stop_ids)
         return
     if dtype is not None:
         raise IneffectiveOptionError(
-            f"--dtype {dtype} has no effect with --host-memory, where experts are read as they are stored; export the "
-            f"model first: moesys export {folder} --to DIR --dtype {dtype}"
+            f"--dtype {dtype} has no effect with --host-memory, where experts are read as they are stored; pack the "
+            f"model first: moesys pack {path} --to FILE --dtype {dtype}"
         )
-    tools = read_text_tools(folder)
-    with load_offloaded(folder, host_memory, on_progress=on_progress) as offloaded:
+    tools = read_text_tools(path)
+    with load_offloaded(
+        path, request, product=product, usage=usage, trace=trace, records=records, on_progress=on_progress
+    ) as offloaded:
         tools.require_fit(offloaded.model.config.vocab_size)
-        engine = Engine(offloaded.model, offloaded.execution)
-        yield OpenModel(engine, tools.tokenizer, tools.stop_ids, offloaded)
+        engine = Engine(offloaded.model, offloaded.execution, num_pages=offloaded.num_pages)
+        yield OpenModel(engine, tools.tokenizer, tools.stop_ids, offloaded.plan.prefill_tokens, offloaded)

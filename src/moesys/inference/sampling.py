@@ -67,16 +67,45 @@ def sample_token(logits_V: Tensor, params: SamplingParams, position: int, seen_i
         return int(logits_V.argmax())
     # float64, and 0 at the top, so that no temperature however small overflows.
     scaled_V = ((logits_V - largest).double() / params.temperature).float()
-    probs, ids = scaled_V.softmax(dim=-1).sort(descending=True, stable=True)
-    cumulative = _filter(probs.double(), params).cumsum(0).cpu()
+    probs, ids = _keep(scaled_V.softmax(dim=-1), params)
+    cumulative = probs.cumsum(0).cpu()
     threshold = draw_uniform(params.seed, position) * cumulative[-1]
-    return int(ids[int(torch.searchsorted(cumulative, threshold, right=True))])
+    drawn = int(torch.searchsorted(cumulative, threshold, right=True))
+    return drawn if ids is None else int(ids[drawn])
 
 
 def draw_uniform(seed: int, position: int) -> float:
     """Returns a number in [0, 1) with 53 random bits, a pure function of all bits of its arguments."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """Returns the seed of one text of many, a pure function of all bits of the common seed and the text's name."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _keep(probs_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """Returns float64 probabilities that the parameters leave, and which tokens they are of; None for all in order, of
+    which some may be 0. Sorts as few as it can, which is what a draw from a large vocabulary costs."""
+    if params.top_k is None and params.top_p == 1:
+        kept_V = probs_V.double()
+        return kept_V.masked_fill(probs_V < params.min_p * probs_V.max(), 0), None
+    ids = _find_likely(probs_V, params)
+    probs, order = probs_V[ids].sort(descending=True, stable=True)
+    return _filter(probs.double(), params), ids[order]
+
+
+def _find_likely(probs_V: Tensor, params: SamplingParams) -> Tensor:
+    """Returns the tokens, in order, among which are all that ``top_k`` and ``top_p`` can leave."""
+    size = probs_V.shape[0]
+    if params.top_k is not None and params.top_k < size:
+        least = probs_V.topk(params.top_k).values[-1]
+    else:
+        # Tokens below half of this come to less than half of what the nucleus may leave out.
+        least = (1 - params.top_p) / size / 2
+    return (probs_V >= least).nonzero().squeeze(1)
 
 
 def _filter(probs: Tensor, params: SamplingParams) -> Tensor:

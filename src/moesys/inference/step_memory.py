@@ -6,34 +6,42 @@ widest layer counts.
 
 from __future__ import annotations
 
-from moesys.models import DecoderConfig, DenseConfig, MixerConfig
+from moesys.inference.decode_attention import PIECE_TOKENS
+from moesys.models import DecoderConfig, DenseConfig
 from moesys.moe import MoEConfig
 
 _FLOAT_BYTES = 4
-"""Of the float32 in which norms, routers and the sums of experts are computed whatever the weights are."""
+"""Of the float32 in which norms, routers, attention of single tokens and the sums of experts are computed whatever the
+weights are."""
+_DRAW_BYTES = 40
+"""Per token of the vocabulary, for drawing one: copies of the logits in float32 and float64."""
 
 
-def compute_step_bytes(config: DecoderConfig, num_tokens: int, num_positions: int, itemsize: int) -> int:
-    """Returns the most bytes that a pass of ``num_tokens`` new tokens holds at once, the sequence then being at most
-    ``num_positions`` long. itemsize: of the weights."""
+def compute_step_bytes(
+    config: DecoderConfig, num_tokens: int, num_positions: int, itemsize: int, num_sequences: int = 1
+) -> int:
+    """Returns the most bytes that a step holds at once.
+
+    num_tokens:     new ones of all sequences together.
+    num_positions:  of the longest sequence, the new tokens included.
+    itemsize:       of the weights.
+    num_sequences:  in the step, each with the logits of one token.
+    """
     stream = num_tokens * config.hidden_size * (4 * itemsize + 2 * _FLOAT_BYTES)
-    mixer = max(_count_mixer_bytes(mixer, num_tokens, num_positions, itemsize) for mixer in config.mixers)
+    mixer = max(mixer.count_step_elements(num_tokens, num_positions) for mixer in config.mixers)
     windows = {mixer.sliding_window for mixer in config.mixers}
-    masks = len(windows) * num_tokens * num_positions * itemsize + 2 * num_tokens * num_positions
+    # One more, with a column for the sinks, and two of truth values while one is made.
+    masks = num_tokens * num_positions * ((len(windows) + 1) * itemsize + 2)
     feed_forward = max(
         _count_feed_forward_bytes(layer, config.hidden_size, num_tokens) for layer in config.feed_forwards
     )
-    logits = 2 * config.vocab_size * _FLOAT_BYTES
-    return stream + masks + max(mixer, feed_forward, logits)
-
-
-def _count_mixer_bytes(mixer: MixerConfig, num_tokens: int, num_positions: int, itemsize: int) -> int:
-    """Queries, keys and values before and after their rotation, the output, and a copy of all visible keys and values,
-    which a sink or values narrower than keys need."""
-    width = max(mixer.key_dim, mixer.value_dim)
-    new = num_tokens * width * (3 * mixer.num_heads + 4 * mixer.num_kv_heads)
-    visible = 2 * num_positions * width * mixer.num_kv_heads
-    return (new + visible) * max(itemsize, _FLOAT_BYTES)
+    logits = config.vocab_size * (num_sequences * (_FLOAT_BYTES + itemsize) + _DRAW_BYTES)
+    cached = [[part.num_elements for part in mixer.cached] for mixer in config.mixers]
+    # Of all that one sequence keeps of a layer, where its pages do not lie in a row.
+    gathered = num_positions * max(map(sum, cached)) * itemsize
+    scratch = PIECE_TOKENS * max((size for sizes in cached for size in sizes), default=0) * _FLOAT_BYTES
+    mixing = mixer * max(itemsize, _FLOAT_BYTES) + gathered + masks
+    return stream + scratch + max(mixing, masks + feed_forward, logits)
 
 
 def _count_feed_forward_bytes(layer: MoEConfig | DenseConfig, hidden_size: int, num_tokens: int) -> int:

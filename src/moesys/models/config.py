@@ -3,126 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from moesys.errors import ShapeError
+from moesys.models.attention import AttentionConfig, QKNorm
+from moesys.models.latent_attention import LatentAttentionConfig
+from moesys.models.mixer import CachedTensor, MixerConfig
 from moesys.models.norm import NormConfig
-from moesys.models.rope import RopeConfig
+from moesys.models.visible_keys import compute_mean_visible_keys
 from moesys.moe import MoEConfig
 
-
-class QKNorm(StrEnum):
-    """What queries and keys are RMS-normalised over before the rotary embedding."""
-
-    NONE = "none"
-    PER_HEAD = "per_head"
-    """Each head by itself, one weight for all of them (Qwen3)."""
-    WHOLE = "whole"
-    """The whole projection (OLMoE)."""
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Grouped-query attention with rotary embedding (Ainslie et al., arXiv 2305.13245)."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope: RopeConfig
-    qk_norm: QKNorm = QKNorm.NONE
-    qkv_bias: bool = False
-    output_bias: bool = False
-    sliding_window: int | None = None
-    """Tokens that a token sees, itself included; None for all earlier ones."""
-    softmax_scale: float | None = None
-    """Factor of the scores; None for 1 / sqrt(head_dim)."""
-    has_sinks: bool = False
-    """Whether each head has a learned score that takes part in the softmax and has no value (gpt-oss)."""
-    qkv_clip: float | None = None
-    """Largest magnitude of queries, keys and values (OLMoE's ``clip_qkv``); None for no limit."""
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ShapeError(
-                f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.num_kv_heads})"
-            )
-        if self.rope.dim > self.head_dim:
-            raise ShapeError(
-                f"the rotary dimensions ({self.rope.dim}) must not exceed head_dim ({self.head_dim})"
-            )
-
-    @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-
-    @property
-    def key_dim(self) -> int:
-        """Elements of a key; of a value, `value_dim`."""
-        return self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        return self.head_dim
-
-    def count_weights(self, hidden_size: int) -> int:
-        """Weights that multiply each token, without biases and norms."""
-        return hidden_size * (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-
-@dataclass(frozen=True)
-class LatentAttentionConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one narrow latent per token.
-
-    A query is [nope | rope] elements per head; a key has its own nope elements per head and shares the rope ones.
-    """
-
-    num_heads: int
-    query_rank: int | None
-    """Width of the queries' latent; None for one full projection."""
-    latent_rank: int
-    """Width of the latent of keys and values."""
-    nope_head_dim: int
-    value_head_dim: int
-    rope: RopeConfig
-    bias: bool = False
-    """Whether the projections into the latents and the output have biases."""
-    softmax_scale: float | None = None
-    """Factor of the scores; None for 1 / sqrt(nope + rope elements)."""
-    latent_epsilon: float = 1e-6
-    """Of the norms of both latents."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.num_heads
-
-    @property
-    def key_dim(self) -> int:
-        return self.nope_head_dim + self.rope.dim
-
-    @property
-    def value_dim(self) -> int:
-        return self.value_head_dim
-
-    @property
-    def scale(self) -> float:
-        return self.key_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-
-    @property
-    def sliding_window(self) -> int | None:
-        """None: every token sees all earlier ones."""
-        return None
-
-    def count_weights(self, hidden_size: int) -> int:
-        """Weights that multiply each token, without biases and norms."""
-        query = self.num_heads * self.key_dim
-        queries = hidden_size * query if self.query_rank is None else self.query_rank * (hidden_size + query)
-        latent = hidden_size * (self.latent_rank + self.rope.dim)
-        expanded = self.latent_rank * self.num_heads * (self.nope_head_dim + self.value_head_dim)
-        return queries + latent + expanded + self.num_heads * self.value_head_dim * hidden_size
-
-
-MixerConfig = AttentionConfig | LatentAttentionConfig
-"""How a block mixes tokens."""
+__all__ = [
+    "AttentionConfig",
+    "CachedTensor",
+    "DecoderConfig",
+    "DenseConfig",
+    "LatentAttentionConfig",
+    "MixerConfig",
+    "QKNorm",
+    "compute_mean_visible_keys",
+]
 
 
 @dataclass(frozen=True)
@@ -175,10 +74,9 @@ class DecoderConfig:
     @property
     def position_limit(self) -> int:
         """Tokens of a sequence: ``max_positions``, or what the rotary embeddings are scaled to or end at."""
-        limits = [mixer.rope.max_positions for mixer in self.mixers]
-        scaled = [mixer.rope.scaled_positions or 0 for mixer in self.mixers]
-        longest = max([self.max_positions, *scaled])
-        return min([longest, *(limit for limit in limits if limit is not None)])
+        ropes = [mixer.rope for mixer in self.mixers if mixer.rope is not None]
+        longest = max([self.max_positions, *(rope.scaled_positions or 0 for rope in ropes)])
+        return min([longest, *(rope.max_positions for rope in ropes if rope.max_positions is not None)])
 
     @property
     def num_matmul_parameters_per_token(self) -> int:
@@ -190,26 +88,11 @@ class DecoderConfig:
     def compute_training_flops_per_token(self, context: int) -> float:
         """Floating-point operations of forward and backward per token at a causal context of ``context`` tokens.
 
-        6 per active weight, plus 6 x heads x (key + value elements) per layer and visible key for attention scores and
-        values (PaLM, arXiv 2204.02311, appendix B, with the keys that the causal mask and the window leave).
+        6 per active weight and per product of what tokens have in common, such as attention's scores and values
+        (PaLM, arXiv 2204.02311, appendix B, with the keys that the causal mask and the window leave).
         """
-        attention = sum(
-            6.0
-            * m.num_heads
-            * (m.key_dim + m.value_dim)
-            * compute_mean_visible_keys(m.sliding_window, context)
-            for m in self.mixers
-        )
-        return 6.0 * self.num_matmul_parameters_per_token + attention
-
-
-def compute_mean_visible_keys(sliding_window: int | None, context: int) -> float:
-    """How many keys a query sees, itself included, averaged over the ``context`` positions of a sequence.
-
-    With a window of w <= context that is the mean of min(i + 1, w) over positions i; without, (context + 1) / 2.
-    """
-    window = context if sliding_window is None else min(sliding_window, context)
-    return window - window * (window - 1) / (2 * context)
+        products = sum(mixer.count_products(context) for mixer in self.mixers)
+        return 6.0 * self.num_matmul_parameters_per_token + 6.0 * products
 
 
 def _count_active_weights(layer: MoEConfig | DenseConfig, hidden_size: int) -> int:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesys.kernels import Kernel, linear
+from moesys.kernels import Int8Weight, Kernel, linear
 from moesys.models.attend import Attend
 from moesys.models.config import DecoderConfig, DenseConfig
-from moesys.models.mixer import make_mixer
 from moesys.models.rotary import Rotation, compute_rotation
 from moesys.moe import (
     Execution,
@@ -48,7 +47,7 @@ class Block(nn.Module):
         feed_forward = config.feed_forwards[layer_id]
         self.residual_scale = config.residual_scale
         self.input_norm = config.norm.make(config.hidden_size)
-        self.mixer = make_mixer(config, layer_id)
+        self.mixer = config.mixers[layer_id].make(config.hidden_size, config.norm, layer_id)
         self.post_mixer_norm = config.norm.make(config.hidden_size)
         self.feed_forward: MoELayer | SwiGLU = (
             SwiGLU(config.hidden_size, feed_forward.intermediate_size, bias=feed_forward.bias)
@@ -57,7 +56,7 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, attend: Attend, execution: Execution
+        self, x_BSD: Tensor, rotation: Rotation | None, attend: Attend, execution: Execution
     ) -> tuple[Tensor, Routing | None]:
         """Returns the residual stream and, for a MoE layer, its Routing."""
         x_BSD = self._add(x_BSD, self.mixer(self.input_norm(x_BSD), rotation, attend))
@@ -93,7 +92,9 @@ class Decoder(nn.Module):
         if execution is None:
             execution = self.make_resident_execution()
         ropes = [mixer.rope for mixer in self.config.mixers]
-        rotations = {rope: compute_rotation(positions_BS, rope) for rope in set(ropes)}
+        rotations = {
+            rope: None if rope is None else compute_rotation(positions_BS, rope) for rope in set(ropes)
+        }
         x_BSD = self.embedding(token_ids_BS)
         if self.config.embedding_scale != 1.0:
             x_BSD = x_BSD * self.config.embedding_scale
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
         return DecoderOutput(self.final_norm(x_BSD), routings)
 
     @property
-    def head_weight_VD(self) -> Tensor:
+    def head_weight_VD(self) -> Tensor | Int8Weight:
         """(vocabulary, hidden): the output head, which is the embedding table where the two are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
@@ -117,10 +118,13 @@ class Decoder(nn.Module):
 
     def prepare_loss(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (..., inner) states and a (vocabulary, inner) weight whose product is the logits, for a loss that
-        never holds them all: the divisor is taken from the states, a bias is one more column."""
+        never holds them all: the divisor is taken from the states, a bias is one more column, and int8 weights are
+        widened."""
         if self.config.logit_divisor != 1.0:
             hidden = hidden / self.config.logit_divisor
         weight = self.head_weight_VD
+        if isinstance(weight, Int8Weight):
+            weight = weight.unpack(hidden.dtype)
         if self.head is None or self.head.bias is None:
             return hidden, weight
         ones = hidden.new_full((*hidden.shape[:-1], 1), 1 / self.config.logit_divisor)
@@ -138,13 +142,13 @@ class Decoder(nn.Module):
 
 
 def _run(
-    block: nn.Module, x_BSD: Tensor, rotation: Rotation, attend: Attend, execution: Execution
+    block: nn.Module, x_BSD: Tensor, rotation: Rotation | None, attend: Attend, execution: Execution
 ) -> tuple[Tensor, Routing | None]:
     return block(x_BSD, rotation, attend, execution)
 
 
 def _run_recomputed(
-    block: nn.Module, x_BSD: Tensor, rotation: Rotation, attend: Attend, execution: Execution
+    block: nn.Module, x_BSD: Tensor, rotation: Rotation | None, attend: Attend, execution: Execution
 ) -> tuple[Tensor, Routing | None]:
     """Keeps only the block's input; the backward pass computes it again with the same choice of experts."""
     tape = RoutingTape()

@@ -1,22 +1,123 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are expanded from one narrow latent.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values come from one narrow latent per token.
 
-Keys and values are handed to `Attend` expanded, so that every mask and cache serves this mixer too. A cache of the
-latents alone would be smaller by the number of heads; it needs no change here but another `Attend`.
+Two forms of the same products. Where nothing is kept, keys and values are expanded from the latents, and each head
+attends to its own. Where keys are kept, the latents are: the expanding matrix is multiplied to the queries and to the
+output instead (the paper's section 2.1.2 calls it absorbed), and all heads attend to the same narrow key.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from dataclasses import dataclass
 
-from moesys.models.attend import Attend, SoftmaxRule
-from moesys.models.config import LatentAttentionConfig
-from moesys.models.norm import RMSNorm
+import torch
+from torch import Tensor
+
+from moesys.kernels import linear
+from moesys.models.attend import Attend
+from moesys.models.mixer import CachedTensor, Mixer
+from moesys.models.norm import NormConfig, RMSNorm
+from moesys.models.rope import RopeConfig
 from moesys.models.rotary import Rotation, apply_rotation
+from moesys.models.softmax_attention import SoftmaxRule, count_score_elements
+from moesys.models.visible_keys import compute_mean_visible_keys
 from moesys.moe import Linear
 
+FEW_TOKENS = 8
+"""Up to here a matrix per head is read faster for each token than for all together."""
 
-class LatentAttention(nn.Module):
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one narrow latent per token.
+
+    A query is [nope | rope] elements per head; a key has its own nope elements per head and shares the rope ones.
+    """
+
+    num_heads: int
+    query_rank: int | None
+    """Width of the queries' latent; None for one full projection."""
+    latent_rank: int
+    """Width of the latent of keys and values."""
+    nope_head_dim: int
+    value_head_dim: int
+    rope: RopeConfig
+    bias: bool = False
+    """Whether the projections into the latents and the output have biases."""
+    softmax_scale: float | None = None
+    """Factor of the scores; None for 1 / sqrt(nope + rope elements)."""
+    latent_epsilon: float = 1e-6
+    """Of the norms of both latents."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def key_dim(self) -> int:
+        """Elements of an expanded key; of a value, `value_dim`."""
+        return self.nope_head_dim + self.rope.dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.value_head_dim
+
+    @property
+    def latent_key_dim(self) -> int:
+        """Elements of a latent with its rope key behind it, which are all that is kept of a token."""
+        return self.latent_rank + self.rope.dim
+
+    @property
+    def kind(self) -> str:
+        """See `MixerConfig`."""
+        return "latent attention"
+
+    @property
+    def scale(self) -> float:
+        return self.key_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def sliding_window(self) -> int | None:
+        """None: every token sees all earlier ones."""
+        return None
+
+    @property
+    def cached(self) -> tuple[CachedTensor, ...]:
+        """See `MixerConfig`: the latent, normalised, and behind it the rope key, turned."""
+        return (CachedTensor(1, self.latent_key_dim),)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """See `MixerConfig`."""
+        return ()
+
+    def make(self, hidden_size: int, norm: NormConfig, layer_id: int) -> LatentAttention:
+        """See `MixerConfig`."""
+        return LatentAttention(hidden_size, self, layer_id)
+
+    def count_weights(self, hidden_size: int) -> int:
+        """See `MixerConfig`."""
+        query = self.num_heads * self.key_dim
+        queries = hidden_size * query if self.query_rank is None else self.query_rank * (hidden_size + query)
+        latent = hidden_size * (self.latent_rank + self.rope.dim)
+        expanded = self.latent_rank * self.num_heads * (self.nope_head_dim + self.value_head_dim)
+        return queries + latent + expanded + self.num_heads * self.value_head_dim * hidden_size
+
+    def count_products(self, context: int) -> float:
+        """See `MixerConfig`: scores and values of expanded keys."""
+        visible = compute_mean_visible_keys(None, context)
+        return self.num_heads * (self.key_dim + self.value_dim) * visible
+
+    def count_step_elements(self, num_tokens: int, num_positions: int) -> int:
+        """See `MixerConfig`: queries in both forms and before and after their rotation, keys, the output in both forms,
+        scores, and a copy of all visible keys."""
+        queries = self.num_heads * (2 * self.key_dim + 2 * self.latent_key_dim)
+        outputs = self.num_heads * (self.value_dim + 2 * self.latent_rank)
+        new = num_tokens * (queries + outputs + 3 * self.latent_key_dim)
+        scores = count_score_elements(self.num_heads, num_tokens, num_positions)
+        return new + scores + num_positions * self.latent_key_dim
+
+
+class LatentAttention(Mixer):
     """Causal self-attention over keys and values that share a latent.
 
     q_proj, or q_a_proj, q_a_norm and q_b_proj with ``query_rank``: queries, per head [nope | rope] rows.
@@ -40,22 +141,64 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(c.latent_rank, c.num_heads * (c.nope_head_dim + c.value_head_dim), bias=False)
         self.o_proj = Linear(c.num_heads * c.value_head_dim, hidden_size, bias=c.bias)
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """Takes and returns (batch, sequence, hidden)."""
+    def forward(self, x_BSD: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        """See `Mixer`."""
+        assert rotation is not None
         c = self.config
         q = self._project_queries(x_BSD).unflatten(-1, (c.num_heads, -1))
-        latent, k_rope = self.kv_a_proj(x_BSD).split([c.latent_rank, c.rope.dim], dim=-1)
-        kv = self.kv_b_proj(self.kv_a_norm(latent)).unflatten(-1, (c.num_heads, -1))
-        k_nope, v = kv.split([c.nope_head_dim, c.value_head_dim], dim=-1)
         q_nope, q_rope = q.split([c.nope_head_dim, c.rope.dim], dim=-1)
-        q_rope = apply_rotation(q_rope, rotation, c.rope)
-        k_rope = apply_rotation(k_rope.unsqueeze(-2), rotation, c.rope)
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        k = torch.cat([k_nope, k_rope.expand(*k_nope.shape[:-1], -1)], dim=-1)
-        y = attend(self.layer_id, q, k, v, SoftmaxRule(c.scale))
+        latent, k_rope = self.kv_a_proj(x_BSD).split([c.latent_rank, c.rope.dim], dim=-1)
+        latent = self.kv_a_norm(latent)
+        ropes = apply_rotation(torch.cat([q_rope, k_rope.unsqueeze(-2)], dim=-2), rotation, c.rope)
+        q_rope, k_rope = ropes.flip(-2).split([c.num_heads, 1], dim=-2)
+        compute = self._attend_to_latents if attend.caches_latents else self._attend_to_heads
+        y = compute(q_nope, q_rope, latent, k_rope, attend)
         return self.o_proj(y.flatten(-2))
 
     def _project_queries(self, x_BSD: Tensor) -> Tensor:
         if self.config.query_rank is None:
             return self.q_proj(x_BSD)
         return self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+
+    def _attend_to_heads(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, attend: Attend
+    ) -> Tensor:
+        c = self.config
+        kv = self.kv_b_proj(latent).unflatten(-1, (c.num_heads, -1))
+        k_nope, v = kv.split([c.nope_head_dim, c.value_head_dim], dim=-1)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(*k_nope.shape[:-1], -1)], dim=-1)
+        return attend(self.layer_id, q, k, v, SoftmaxRule(c.scale))
+
+    def _attend_to_latents(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, attend: Attend
+    ) -> Tensor:
+        """q_nope . (W_k latent) = (W_k^T q_nope) . latent, and likewise for the values."""
+        c = self.config
+        weight_HFR = self.kv_b_proj.weight.unflatten(0, (c.num_heads, -1))
+        key_HNR, value_HVR = weight_HFR.split([c.nope_head_dim, c.value_head_dim], dim=1)
+        q_latent = _absorb(q_nope.flatten(0, 1), key_HNR).view(*q_nope.shape[:3], c.latent_rank)
+        q = torch.cat([q_latent, q_rope], dim=-1)
+        k = torch.cat([latent.unsqueeze(-2), k_rope], dim=-1)
+        y = attend(self.layer_id, q, k, None, SoftmaxRule(c.scale, value_size=c.latent_rank))
+        return _expand(y.flatten(0, 1), value_HVR).view(*y.shape[:3], c.value_head_dim)
+
+
+def _absorb(q_THN: Tensor, key_HNR: Tensor) -> Tensor:
+    """Returns (tokens, heads, rank): each head's query times its own matrix.
+
+    A few tokens are multiplied one by one and many head by head: both are fast, and in both the bits of a token do not
+    depend on how many others there are.
+    """
+    if q_THN.shape[0] <= FEW_TOKENS:
+        return torch.stack([torch.bmm(q_HN.unsqueeze(1), key_HNR).squeeze(1) for q_HN in q_THN])
+    heads = zip(q_THN.unbind(1), key_HNR, strict=True)
+    return torch.stack([linear(q_TN, key_NR.t().contiguous()) for q_TN, key_NR in heads], dim=1)
+
+
+def _expand(y_THR: Tensor, value_HVR: Tensor) -> Tensor:
+    """Returns (tokens, heads, value elements), computed as in `_absorb`."""
+    if y_THR.shape[0] <= FEW_TOKENS:
+        return torch.stack([torch.bmm(value_HVR, y_HR.unsqueeze(2)).squeeze(2) for y_HR in y_THR])
+    heads = zip(y_THR.unbind(1), value_HVR, strict=True)
+    return torch.stack([linear(y_TR, value_VR) for y_TR, value_VR in heads], dim=1)

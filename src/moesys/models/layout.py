@@ -7,18 +7,18 @@ the checkpoint's element order, so one list serves reading and writing. Knows no
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
 
-from moesys.models.attention import Attention
 from moesys.models.decoder import Block, Decoder
-from moesys.models.latent_attention import LatentAttention
+from moesys.models.mixer import Mixer
+from moesys.models.mixer_layout import MIXER_LAYOUTS, MixerLayout
 from moesys.models.stored import Encoding, StoredTensor
+from moesys.models.stored_module import list_module, store
 from moesys.moe import ExpertBank, MoELayer, SwiGLU
 
 
@@ -69,7 +69,7 @@ class SeparateExperts:
             gate_FD, up_FD = bank.gate_up_EFD[expert_id].chunk(2)
             matrices = {self.gate: gate_FD, self.up: up_FD, self.down: bank.down_EDF[expert_id]}
             for name, view in matrices.items():
-                yield _store(f"experts.{expert_id}.{name}.weight", view)
+                yield store(f"experts.{expert_id}.{name}.weight", view)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class StackedExperts:
 
     def list_tensors(self, bank: ExpertBank) -> Iterator[StoredTensor]:
         """See `StoredExperts`."""
-        yield _store(self.gate_up, bank.gate_up_EFD)
-        yield _store(self.down, bank.down_EDF)
+        yield store(self.gate_up, bank.gate_up_EFD)
+        yield store(self.down, bank.down_EDF)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class InterleavedExperts:
         bias_EFG = bank.gate_up_bias_EF.unflatten(1, (2, -1)).transpose(1, 2)
         yield StoredTensor("experts.gate_up_proj_bias", (num_experts, width), bias_EFG)
         yield StoredTensor("experts.down_proj", shapes[1], views[1], self.encoding)
-        yield _store("experts.down_proj_bias", bank.down_bias_ED)
+        yield store("experts.down_proj_bias", bank.down_bias_ED)
 
 
 @dataclass(frozen=True)
@@ -159,18 +159,18 @@ class MoELayout:
 
     def _list_unprefixed(self, layer: MoELayer) -> Iterator[StoredTensor]:
         router = layer.router
-        yield replace(_store(self.router, router.weight_ED), dtype=self.router_dtype)
+        yield replace(store(self.router, router.weight_ED), dtype=self.router_dtype)
         if router.bias_E is not None:
-            yield _store(self.router_bias, router.bias_E)
+            yield store(self.router_bias, router.bias_E)
         if router.selection_bias_E is not None:
-            bias = _store(self.selection_bias, router.selection_bias_E)
+            bias = store(self.selection_bias, router.selection_bias_E)
             yield replace(bias, dtype=self.router_dtype)
         assert isinstance(layer.experts, ExpertBank)
         yield from self.experts.list_tensors(layer.experts)
         if layer.shared_expert is not None:
             yield from _list_dense(layer.shared_expert, self.shared)
         if layer.shared_expert_gate is not None:
-            yield _store(self.shared_gate, layer.shared_expert_gate.weight)
+            yield store(self.shared_gate, layer.shared_expert_gate.weight)
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,13 @@ class Layout:
 
     moe:  ways to store a MoE layer; the first is written, a checkpoint's own names decide which is read. Empty for a
           family without MoE layers.
+    mixers:  what the tensors of each kind of mixer are called.
     may_predict_further:  whether checkpoints may hold, behind the model's last layer, layers that predict further
                           tokens, which are not read.
     """
 
     moe: tuple[MoELayout, ...] = ()
+    mixers: Mapping[type[Mixer], MixerLayout] = field(default_factory=lambda: MIXER_LAYOUTS)
     may_predict_further: bool = False
 
     def ignores(self, name: str, num_layers: int, present: Collection[str]) -> bool:
@@ -204,21 +206,22 @@ class Layout:
 
         present: the names in a checkpoint that is read; empty for the layout that is written.
         """
-        yield _store("model.embed_tokens.weight", model.embedding.weight)
+        yield store("model.embed_tokens.weight", model.embedding.weight)
         for layer_id, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             prefix = f"model.layers.{layer_id}"
             for stored in self._list_block(block, prefix, present):
                 yield stored.under(prefix)
-        yield from _list_module(model.final_norm, "model.norm")
+        yield from list_module(model.final_norm, "model.norm")
         if model.head is not None:
-            yield from _list_module(model.head, "lm_head")
+            yield from list_module(model.head, "lm_head")
 
     def _list_block(self, block: Block, prefix: str, present: Collection[str]) -> Iterator[StoredTensor]:
-        yield from _list_module(block.input_norm, "input_layernorm")
-        yield from _list_module(block.post_mixer_norm, "post_attention_layernorm")
-        for stored in _list_mixer(block.mixer):
-            yield stored.under("self_attn")
+        yield from list_module(block.input_norm, "input_layernorm")
+        yield from list_module(block.post_mixer_norm, "post_attention_layernorm")
+        mixer = self.mixers[type(block.mixer)]
+        for stored in mixer.list_tensors(block.mixer):
+            yield stored.under(mixer.prefix)
         if isinstance(block.feed_forward, MoELayer):
             yield from self._choose_moe(prefix, present).list_tensors(block.feed_forward)
         else:
@@ -231,55 +234,9 @@ class Layout:
         return self.moe[0]
 
 
-def _list_mixer(mixer: nn.Module) -> Iterator[StoredTensor]:
-    if isinstance(mixer, Attention):
-        yield from _list_attention(mixer)
-    else:
-        assert isinstance(mixer, LatentAttention)
-        yield from _list_latent_attention(mixer)
-
-
-def _list_attention(attention: Attention) -> Iterator[StoredTensor]:
-    for name, parameter in attention.qkv_proj.named_parameters():
-        for letter, view in zip("qkv", parameter.split(attention.widths), strict=True):
-            yield _store(f"{letter}_proj.{name}", view)
-    yield from _list_module(attention.o_proj, "o_proj")
-    if attention.q_norm is not None and attention.k_norm is not None:
-        yield from _list_module(attention.q_norm, "q_norm")
-        yield from _list_module(attention.k_norm, "k_norm")
-    if attention.sinks_H is not None:
-        yield _store("sinks", attention.sinks_H)
-
-
-_LATENT_NAMES = {
-    "q_proj": "q_proj",
-    "q_a_proj": "q_a_proj",
-    "q_a_norm": "q_a_layernorm",
-    "q_b_proj": "q_b_proj",
-    "kv_a_proj": "kv_a_proj_with_mqa",
-    "kv_a_norm": "kv_a_layernorm",
-    "kv_b_proj": "kv_b_proj",
-    "o_proj": "o_proj",
-}
-
-
-def _list_latent_attention(attention: LatentAttention) -> Iterator[StoredTensor]:
-    for name, child in attention.named_children():
-        yield from _list_module(child, _LATENT_NAMES[name])
-
-
 def _list_dense(dense: SwiGLU, prefix: str) -> Iterator[StoredTensor]:
     for name, parameter in dense.gate_up_proj.named_parameters():
         gate, up = parameter.chunk(2)
-        yield _store(f"{prefix}.gate_proj.{name}", gate)
-        yield _store(f"{prefix}.up_proj.{name}", up)
-    yield from _list_module(dense.down_proj, f"{prefix}.down_proj")
-
-
-def _list_module(module: nn.Module, prefix: str) -> Iterator[StoredTensor]:
-    for name, parameter in module.named_parameters():
-        yield _store(f"{prefix}.{name}", parameter)
-
-
-def _store(name: str, view: Tensor) -> StoredTensor:
-    return StoredTensor(name, tuple(view.shape), view)
+        yield store(f"{prefix}.gate_proj.{name}", gate)
+        yield store(f"{prefix}.up_proj.{name}", up)
+    yield from list_module(dense.down_proj, f"{prefix}.down_proj")

@@ -1,25 +1,15 @@
-"""What a parameter is for. Weight decay, precision and placement go by role, never by shape or by name."""
+"""Finds the role of every parameter by the kind of the module that holds it."""
 
 from __future__ import annotations
 
-from enum import Enum
-
 from torch import nn
 
-from moesys.models.attention import Attention
+from moesys.models.mixer import Mixer
 from moesys.models.norm import RMSNorm
+from moesys.models.role import Role
 from moesys.moe import ExpertBank, Router
 
-
-class Role(Enum):
-    """The role of a parameter in the model."""
-
-    EMBEDDING = "embedding"
-    PROJECTION = "projection"
-    BIAS = "bias"
-    NORM = "norm"
-    ROUTER = "router"
-    EXPERT = "expert"
+__all__ = ["Role", "classify_parameters"]
 
 
 def classify_parameters(model: nn.Module) -> dict[str, Role]:
@@ -39,11 +29,11 @@ def _find_role(module: nn.Module, name: str) -> Role:
             return Role.BIAS if name == "bias" else Role.PROJECTION
         case RMSNorm() | nn.LayerNorm():
             return Role.BIAS if name == "bias" else Role.NORM
-        case Attention():
-            return Role.BIAS
         case Router():
             return Role.BIAS if name == "bias_E" else Role.ROUTER
         case ExpertBank():
             return Role.BIAS if "bias" in name else Role.EXPERT
+        case Mixer() if name in module.roles:
+            return module.roles[name]
         case _:
             raise TypeError(f"the parameter {name!r} of {type(module).__name__} has no role; add it to Role")

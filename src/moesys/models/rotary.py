@@ -41,8 +41,8 @@ def apply_rotation(x: Tensor, rotation: Rotation, rope: RopeConfig) -> Tensor:
 
     Interleaved pairs come out side by side in halves: queries and keys alike, so that their products are the same.
     """
-    turned, rest = x[..., : rope.dim], x[..., rope.dim :]
+    turned = x if x.shape[-1] == rope.dim else x[..., : rope.dim]
     if rope.is_interleaved:
         turned = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     turned = rotate_pairs(turned, rotation.cos, rotation.sin)
-    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
+    return turned if x.shape[-1] == rope.dim else torch.cat([turned, x[..., rope.dim :]], dim=-1)

@@ -7,7 +7,7 @@ order. Reading copies into the views, writing copies out of them. Knows nothing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -45,7 +45,18 @@ class StoredTensor:
 
     def under(self, prefix: str) -> StoredTensor:
         """Returns the same with ``prefix.`` before its name."""
-        return StoredTensor(f"{prefix}.{self.name}", self.shape, self.view, self.encoding, self.dtype)
+        return replace(self, name=f"{prefix}.{self.name}")
+
+    def take(self, index: int) -> StoredTensor:
+        """Returns the part at ``index`` of the first dimension, where the view has the same one."""
+        return replace(self, shape=self.shape[1:], view=self.view[index])
+
+    def place(self, memory: Tensor, start: int = 0) -> StoredTensor:
+        """Returns the same tensor in other memory, which holds the elements of our parameter from ``start`` on."""
+        view = self.view
+        return replace(
+            self, view=memory.as_strided(view.shape, view.stride(), int(view.storage_offset()) - start)
+        )
 
     def fill(self, values: Tensor) -> None:
         """Copies decoded values into our memory, casting them. Raises `ModelFormatError` for another shape."""

@@ -1,12 +1,13 @@
 """Routing, the MoE layer and its two seams. Single-device PyTorch: knows nothing of ranks, files or memory tiers."""
 
 from moesys.moe.balance import BiasBalancer, compute_selection_bias
-from moesys.moe.cached_source import CachedLayer, CachedSource, ExpertKey
+from moesys.moe.cached_source import CachedLayer, CachedSource
 from moesys.moe.capacity import Capacity, CapacityFormula, DropBy, compute_positions
 from moesys.moe.choice import Choice
 from moesys.moe.config import MoEConfig
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher, Part
 from moesys.moe.execution import Execution
+from moesys.moe.expert_key import ExpertKey
 from moesys.moe.layer import MoELayer
 from moesys.moe.layers import find_layers, make_resident_source
 from moesys.moe.linear import Linear
@@ -17,8 +18,11 @@ from moesys.moe.losses import (
     compute_router_z_loss,
     compute_sequence_balance_loss,
 )
+from moesys.moe.prediction_score import PredictionScore, ScoredPredictor
+from moesys.moe.predictors import EarlyRouter, LastIteration, NextLayer, Predictor, SamplePaths
 from moesys.moe.router import Router, TopKRouter
 from moesys.moe.routing import Routing
+from moesys.moe.routing_log import RoutingLog, RoutingRecorder
 from moesys.moe.score import Score
 from moesys.moe.selection import GroupLimitedTopK, GroupScore, Selection, Threshold, TopK
 from moesys.moe.slot_layout import PlainLayout, SlotLayout
@@ -47,6 +51,7 @@ __all__ = [
     "Choice",
     "Dispatcher",
     "DropBy",
+    "EarlyRouter",
     "Execution",
     "ExpertBank",
     "ExpertKey",
@@ -54,21 +59,29 @@ __all__ = [
     "ExpertSource",
     "GroupLimitedTopK",
     "GroupScore",
+    "LastIteration",
     "Linear",
     "LoadMeter",
     "LocalDispatcher",
     "MoEConfig",
     "MoELayer",
     "ModuleBank",
+    "NextLayer",
     "Normalization",
     "Part",
     "PlainLayout",
+    "PredictionScore",
+    "Predictor",
     "QuantizedBank",
     "ResidentSource",
     "Router",
     "Routing",
+    "RoutingLog",
+    "RoutingRecorder",
     "RoutingTape",
+    "SamplePaths",
     "Score",
+    "ScoredPredictor",
     "Selection",
     "SlotLayout",
     "SparseMixer",

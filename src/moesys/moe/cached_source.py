@@ -1,28 +1,33 @@
 """Expert weights that do not all fit: kept in the slots of a cache, read from the disk when tokens need them.
 
 `acquire` hands out what is there at once and the rest as it arrives, in as many views as that takes, so that reading
-and computing overlap and any number of slots serves any demand. Which expert leaves is the cache's policy. Results do
-not depend on any of it: the layer sums in the order of the choices whatever the order of arrival. For inference: a slot
-that autograd has saved would hold another expert by the time of the backward pass.
+and computing overlap and any number of slots serves any demand. A demand of most of a layer is part of a pass over
+everything, for which a `Ring` decides what leaves and reads ahead. For others the cache's policy decides, and a
+predictor's guesses are read while nothing else is. Results do not depend on any of it: the layer sums in the order of
+the choices whatever the order of arrival. For inference: a slot that autograd has saved would hold another expert by
+the time of the backward pass.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from moesys.errors import SectionReadError, ShapeError, TrainingError
 from moesys.kernels import BankView, ModuleView
+from moesys.moe.expert_key import ExpertKey
+from moesys.moe.predictors import Predictor
 from moesys.moe.routing import Routing
 from moesys.moe.slot_layout import SlotLayout
 from moesys.store import SectionCache
+from moesys.store.ring import Ring
 
-ExpertKey = tuple[int, int]
-"""(layer, expert): the key of an expert's section in a cache."""
+_PARTS_OF_STAYING = 8
+"""In a pass, what stays is computed in so many views, between which what has arrived meanwhile makes room."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,31 @@ class _Loan:
 class CachedSource:
     """Lends experts out of caches. Layers of the same shape share one."""
 
-    def __init__(self, layers: Mapping[int, CachedLayer], *, share_to_stream: float = 0.5) -> None:
-        """share_to_stream: the share of a layer's experts from which on a demand is taken as a pass over everything, in
-        which the next layer is read ahead."""
+    def __init__(
+        self,
+        layers: Mapping[int, CachedLayer],
+        *,
+        predictor: Predictor | None = None,
+        share_to_stream: float = 0.8,
+    ) -> None:
+        """
+        predictor:        whose guesses are read ahead; None reads nothing on a guess. It is not asked where everything
+                          fits.
+        share_to_stream:  the share of a layer's experts from which on a demand is taken as part of a pass over
+                          everything. A pass also reads the others, so that too low a share wastes reads.
+        """
+        self.uses: Counter[ExpertKey] = Counter()
+        """How often each expert was lent: what a `UsageProfile` is made of."""
         self._layers = dict(layers)
+        self._predictor = predictor
         self._share_to_stream = share_to_stream
-        self._next = dict(pairwise(sorted(layers)))
+        self._places = _make_rings(layers)
         self._loans: dict[int, _Loan] = {}
 
     def hint(self, layer_id: int, routing: Routing) -> None:
-        """See `ExpertSource`. The demand comes at once, so there is nothing to gain."""
+        """See `ExpertSource`. The demand comes at once, so only the predictor learns of it."""
+        if self._predictor is not None:
+            self._predictor.observe(layer_id, routing, None)
 
     def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
         """See `ExpertSource`. Waits for the disk where nothing is ready.
@@ -78,37 +98,48 @@ class CachedSource:
                 "whole to train it"
             )
         layer = self._layers[layer_id]
-        cache = layer.cache
-        cache.begin_turn()
-        wanted = [(layer_id, expert) for expert in (demand.diff() > 0).nonzero().flatten().tolist()]
-        may_read_ahead = len(wanted) >= self._share_to_stream * layer.num_experts
+        layer.cache.begin_turn()
+        offsets = demand.tolist()
+        wanted = [
+            (layer_id, expert) for expert in range(layer.num_experts) if offsets[expert] < offsets[expert + 1]
+        ]
+        ring, place = self._places[layer_id]
+        is_pass = len(wanted) >= self._share_to_stream * layer.num_experts
+        if is_pass:
+            ring.begin_group(place)
+        else:
+            ring.leave()
         left, pinned = dict.fromkeys(wanted), set[ExpertKey]()
         try:
-            for key in wanted:
-                cache.demand(key)
-                if cache.is_here(key):
-                    cache.pin(key)
-                    pinned.add(key)
+            self._pin_present(layer.cache, wanted, pinned)
             while left:
-                all_started = self._start(cache, left, pinned)
-                if all_started and may_read_ahead:
-                    self._read_ahead(layer_id)
-                    may_read_ahead = False
-                ready = [key for key in left if cache.is_ready(key) and key in pinned]
+                if self._start(layer.cache, left, pinned) and is_pass:
+                    ring.read_ahead()
+                ready = [key for key in left if key in pinned and layer.cache.is_ready(key)]
                 if not ready:
-                    self._wait(cache, [key for key in left if key in pinned])
+                    self._wait(layer.cache, ring, [key for key in left if key in pinned])
                     continue
+                if is_pass:
+                    ready = _choose_in_pass(ring, ready, len(left), len(wanted))
                 for key in ready:
                     del left[key]
                     pinned.discard(key)
+                if not (left or is_pass):
+                    self._read_guesses(layer_id, ring)
                 yield self._lend(layer, ready)
+                if is_pass:
+                    for key in ready:
+                        ring.spend(key)
         except SectionReadError:
             # What fails for the same reason shall not be met by the next who asks for it.
-            cache.settle(list(pinned))
+            layer.cache.settle(list(pinned))
+            ring.leave()
             raise
         finally:
             for key in pinned:
-                cache.unpin(key)
+                layer.cache.unpin(key)
+            if is_pass:
+                ring.end_group()
 
     def release(self, layer_id: int, view: BankView | ModuleView) -> None:
         """See `ExpertSource`. Raises `ShapeError` for a view that is not lent, or is no longer."""
@@ -119,6 +150,14 @@ class CachedSource:
             )
         for key in loan.keys:
             loan.cache.unpin(key)
+
+    def _pin_present(self, cache: SectionCache, wanted: Sequence[ExpertKey], pinned: set[ExpertKey]) -> None:
+        """Counts the demand, and holds what of it is here or on its way."""
+        for key in wanted:
+            cache.demand(key)
+            if cache.is_here(key):
+                cache.pin(key)
+                pinned.add(key)
 
     def _start(self, cache: SectionCache, left: Mapping[ExpertKey, None], pinned: set[ExpertKey]) -> bool:
         """Starts reading what is not on its way while slots last; returns whether everything is."""
@@ -131,29 +170,54 @@ class CachedSource:
             pinned.add(key)
         return True
 
-    def _wait(self, cache: SectionCache, keys: Sequence[ExpertKey]) -> None:
-        if not cache.wait_any(keys):
-            raise ShapeError(
-                f"all {cache.pool.num_slots} slots are held by {len(self._loans)} views that were not released; "
-                "release each view before the next is needed, or have more slots"
-            )
-
-    def _read_ahead(self, layer_id: int) -> None:
-        """Prefetches the experts of the next layer, as many as find a slot; none after the last layer."""
-        next_id = self._next.get(layer_id)
-        if next_id is None or self._layers[next_id].cache is not self._layers[layer_id].cache:
+    def _wait(self, cache: SectionCache, ring: Ring, keys: Sequence[ExpertKey]) -> None:
+        """Waits for one of the keys, or for any slot; where nothing is on its way, what the ring holds must do."""
+        if cache.wait_any(keys) or ring.leave():
             return
-        following = self._layers[next_id]
-        keys = dict.fromkeys((next_id, expert) for expert in range(following.num_experts))
-        for key in keys:
-            if not following.cache.is_here(key) and not following.cache.prefetch(key, spared=keys):
+        raise ShapeError(
+            f"all {cache.pool.num_slots} slots are held by {len(self._loans)} views that were not released; "
+            "release each view before the next is needed, or have more slots"
+        )
+
+    def _read_guesses(self, layer_id: int, ring: Ring) -> None:
+        """Prefetches what the predictor guesses. All that is demanded has arrived, so that the disk would be idle."""
+        if self._predictor is None or ring.fits_all:
+            return
+        guesses = dict.fromkeys(self._predictor.guess(layer_id))
+        for key in guesses:
+            cache = self._layers[key[0]].cache
+            if not cache.is_here(key) and not cache.prefetch(key, spared=guesses):
                 return
 
     def _lend(self, layer: CachedLayer, keys: Sequence[ExpertKey]) -> BankView:
         """Makes a view of experts that are ready; their pins are the view's from now on."""
-        slots = [layer.cache.use(key) for key in keys]
-        table = torch.full((layer.num_experts,), -1, dtype=torch.int64)
-        table[[expert for _, expert in keys]] = torch.tensor(slots)
-        view = layer.layout.make_view(layer.cache.pool.parts, table)
+        slots = [-1] * layer.num_experts
+        for key in keys:
+            slots[key[1]] = layer.cache.use(key)
+            self.uses[key] += 1
+        view = layer.layout.make_view(layer.cache.pool.parts, torch.tensor(slots))
         self._loans[id(view)] = _Loan(view, layer.cache, tuple(keys))
         return view
+
+
+def _make_rings(layers: Mapping[int, CachedLayer]) -> dict[int, tuple[Ring, int]]:
+    """Returns for each layer the ring of its cache and the layer's place in it."""
+    by_cache: dict[SectionCache, list[int]] = {}
+    for layer_id in sorted(layers):
+        by_cache.setdefault(layers[layer_id].cache, []).append(layer_id)
+    places: dict[int, tuple[Ring, int]] = {}
+    for cache, layer_ids in by_cache.items():
+        ring = Ring(cache, [[(i, e) for e in range(layers[i].num_experts)] for i in layer_ids])
+        places.update((layer_id, (ring, place)) for place, layer_id in enumerate(layer_ids))
+    return places
+
+
+def _choose_in_pass(
+    ring: Ring, ready: Sequence[ExpertKey], num_left: int, num_wanted: int
+) -> list[ExpertKey]:
+    """Returns which of the experts that are ready to compute next: first those that make room for others, and of those
+    that stay only some at a time, unless no room is needed."""
+    passing = [key for key in ready if not ring.stays(key)]
+    if len(ready) == num_left and not (passing and ring.is_short):
+        return list(ready)
+    return passing or list(ready[: max(1, num_wanted // _PARTS_OF_STAYING)])

@@ -21,7 +21,7 @@ from moesys.moe.mlp import make_dense
 from moesys.moe.residual import ResidualBranch
 from moesys.moe.router import Router, make_router
 from moesys.moe.routing import Routing
-from moesys.moe.source import ExpertBank, ModuleBank, ResidentSource
+from moesys.moe.source import ExpertBank, ModuleBank, QuantizedBank, ResidentSource
 from moesys.moe.swiglu import SwiGLU
 
 
@@ -53,7 +53,7 @@ class MoELayer(nn.Module):
         self.router = make_router(hidden_size, config) if router is None else router
         self._given_parameters = set() if router is None else set(router.parameters())
         shape = (hidden_size, config.intermediate_size, config.form, config.expert_bias)
-        self.experts: ExpertBank | ModuleBank = (
+        self.experts: ExpertBank | QuantizedBank | ModuleBank = (
             ExpertBank(config.num_experts, *shape) if experts is None else experts
         )
         self.residual = ResidualBranch(hidden_size, make_dense(*shape)) if config.is_residual else None
@@ -117,9 +117,9 @@ class MoELayer(nn.Module):
     def _compute(self, x_TD: Tensor, execution: Execution, given: Choice | None) -> tuple[Tensor, Routing]:
         routing = self._route(x_TD, execution, given)
         execution.source.hint(self.layer_id, routing)
-        if isinstance(self.experts, ExpertBank):
+        if isinstance(self.experts, ExpertBank | QuantizedBank):
             # Under autocast the layer before may hand over another dtype than the experts compute in.
-            x_TD = x_TD.to(self.experts.gate_up_EFD.dtype)
+            x_TD = x_TD.to(self.experts.row_dtype)
         y_TD = self._compute_experts(x_TD, routing, execution)
         if self.residual is not None:
             y_TD = self.residual(x_TD, y_TD)

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moesys.kernels import BankView, ExpertForm
+from moesys.kernels import BankView, ExpertForm, Int8Product, Int8Weight
+from moesys.kernels.formats import GROUP_SIZE
 from moesys.store import PartShape
 
 
@@ -24,7 +25,7 @@ class SlotLayout(Protocol):
         """Of one expert, in the order of the slot's parts."""
         ...
 
-    def make_view(self, parts: Sequence[Tensor], slot_of_expert: Tensor) -> BankView:
+    def make_view(self, parts: Sequence[Tensor], slot_of_expert: Tensor | None) -> BankView:
         """Returns the experts that lie in slots.
 
         parts:           one tensor per part, (slots, *shape of the part).
@@ -43,7 +44,7 @@ class PlainLayout:
     hidden_size: int
     inner_size: int
     dtype: torch.dtype
-    form: ExpertForm = ExpertForm()
+    form: ExpertForm = ExpertForm()  # noqa: RUF009 - frozen
     has_bias: bool = False
 
     @property
@@ -55,8 +56,51 @@ class PlainLayout:
             shapes += [(width,), (self.hidden_size,)]
         return tuple(PartShape(shape, self.dtype) for shape in shapes)
 
-    def make_view(self, parts: Sequence[Tensor], slot_of_expert: Tensor) -> BankView:
+    def make_view(self, parts: Sequence[Tensor], slot_of_expert: Tensor | None) -> BankView:
         """See `SlotLayout`."""
         gate_up, down, *biases = parts
         gate_up_bias, down_bias = biases or (None, None)
         return BankView(gate_up, down, slot_of_expert, self.form, gate_up_bias, down_bias)
+
+
+@dataclass(frozen=True)
+class Int8Layout:
+    """Matrices in int8 groups: values and scales of gate_up, then of down, then both biases in float32 where there are
+    any, as the activations of int8 experts are.
+
+    inner_size: of the expert's hidden layer. product: how the kernels multiply; the bytes are the same for both.
+    """
+
+    hidden_size: int
+    inner_size: int
+    form: ExpertForm = ExpertForm()  # noqa: RUF009 - frozen
+    has_bias: bool = False
+    product: Int8Product = Int8Product.W8
+
+    @property
+    def part_shapes(self) -> tuple[PartShape, ...]:
+        """See `SlotLayout`."""
+        width = self.form.num_halves * self.inner_size
+        matrices = _outline_matrix(width, self.hidden_size) + _outline_matrix(
+            self.hidden_size, self.inner_size
+        )
+        biases = [PartShape((size,), torch.float32) for size in (width, self.hidden_size) if self.has_bias]
+        return (*matrices, *biases)
+
+    def make_view(self, parts: Sequence[Tensor], slot_of_expert: Tensor | None) -> BankView:
+        """See `SlotLayout`."""
+        gate_up_values, gate_up_scales, down_values, down_scales, *biases = parts
+        gate_up_bias, down_bias = biases or (None, None)
+        return BankView(
+            Int8Weight(gate_up_values, gate_up_scales, self.hidden_size, self.product),
+            Int8Weight(down_values, down_scales, self.inner_size, self.product),
+            slot_of_expert,
+            self.form,
+            gate_up_bias,
+            down_bias,
+        )
+
+
+def _outline_matrix(rows: int, columns: int) -> tuple[PartShape, PartShape]:
+    groups = -(-columns // GROUP_SIZE)
+    return PartShape((rows, groups * GROUP_SIZE), torch.int8), PartShape((rows, groups), torch.float32)

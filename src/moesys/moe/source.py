@@ -51,6 +51,11 @@ class ExpertBank(nn.Module):
         self.down_bias_ED = nn.Parameter(torch.empty(num_experts, hidden_size)) if bias else None
 
     @property
+    def row_dtype(self) -> torch.dtype:
+        """As which the rows that these experts compute must come."""
+        return self.gate_up_EFD.dtype
+
+    @property
     def view(self) -> BankView:
         """See `Bank`."""
         return BankView(
@@ -92,6 +97,11 @@ class QuantizedBank(nn.Module):
         self.register_buffer("down_bias_ED", down_bias_ED)
 
     @property
+    def row_dtype(self) -> torch.dtype:
+        """As which the rows that these experts compute must come."""
+        return torch.float32
+
+    @property
     def view(self) -> BankView:
         """See `Bank`. Raises `ShapeError` when the scales are no longer float32."""
         return BankView(
@@ -101,6 +111,15 @@ class QuantizedBank(nn.Module):
             gate_up_bias_SF=self.gate_up_bias_EF,
             down_bias_SD=self.down_bias_ED,
         )
+
+
+def make_quantized_bank(view: BankView) -> QuantizedBank:
+    """Returns the bank of a view that covers all experts, in int8; the memory is shared. Raises `ShapeError` for
+    another format."""
+    gate_up, down = view.gate_up_SFD, view.down_SDF
+    if not (isinstance(gate_up, Int8Weight) and isinstance(down, Int8Weight)):
+        raise ShapeError("a quantized bank needs int8 matrices, got floats; use an ExpertBank")
+    return QuantizedBank(gate_up, down, view.form, view.gate_up_bias_SF, view.down_bias_SD)
 
 
 def quantize_bank(bank: ExpertBank, product: Int8Product = Int8Product.W8) -> QuantizedBank:

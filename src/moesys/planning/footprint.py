@@ -5,10 +5,14 @@ Plain numbers; knows nothing of files, tiers or budgets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesys.models import MixerConfig
+
+PAGE_TOKENS = 64
+"""Tokens whose keys and values are kept together."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,13 @@ class Footprint:
     core_bytes:           weights that every token uses: all but the experts.
     section_bytes:        of one expert, for every expert of every MoE layer.
     kv_bytes_per_token:   of one sequence's cache.
+    state_bytes:          of one sequence, whatever its length.
     """
 
     core_bytes: int
     section_bytes: tuple[int, ...]
     kv_bytes_per_token: int
+    state_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -39,4 +45,14 @@ def compute_kv_bytes_per_token(mixers: Sequence[MixerConfig], itemsize: int) -> 
 
     A window does not shrink it: the cache keeps every key and value, and attention skips those that are too far back.
     """
-    return sum(mixer.num_kv_heads * (mixer.key_dim + mixer.value_dim) * itemsize for mixer in mixers)
+    return itemsize * sum(tensor.num_heads * tensor.size for mixer in mixers for tensor in mixer.cached)
+
+
+def compute_state_bytes(mixers: Sequence[MixerConfig]) -> int:
+    """Returns what the mixers keep of one sequence in float32, whatever its length."""
+    return 4 * sum(math.prod(shape) for mixer in mixers for shape in mixer.state_shapes)
+
+
+def round_to_pages(num_tokens: int) -> int:
+    """Returns for how many tokens a sequence of ``num_tokens`` has room in the cache, which grows by whole pages."""
+    return -(-num_tokens // PAGE_TOKENS) * PAGE_TOKENS

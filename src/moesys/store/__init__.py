@@ -3,29 +3,60 @@
 Knows nothing of models or routing: a section is bytes with a name, a slot is memory that holds one of them.
 """
 
-from moesys.store.cache import CacheStats, SectionCache
+from moesys.store.cache import CacheMemory, CacheStats, SectionCache
+from moesys.store.checksums import ChecksumRecord
+from moesys.store.events import ReadEvent, Urgency
 from moesys.store.memory import allocate_weight
-from moesys.store.policy import HitCounts, LeastFrequent, LeastRecent, MayLeave, Policy
-from moesys.store.reader import Read, SectionReader, Urgency
+from moesys.store.open_files import ReadMode
+from moesys.store.policy import (
+    FadingCounts,
+    HitCounts,
+    LeastFrequent,
+    LeastRecent,
+    MayLeave,
+    Policy,
+    PolicyName,
+    make_policy,
+)
+from moesys.store.reader import Read, SectionReader
+from moesys.store.replay import ReplayResult, replay, replay_best
+from moesys.store.ring import Ring
 from moesys.store.section import Extent, Section
 from moesys.store.slots import PartShape, SlotPool
 from moesys.store.stored_file import StoredFile
+from moesys.store.tier import HostTier, Tier
+from moesys.store.usage import UsageProfile, preload
 
 __all__ = [
+    "CacheMemory",
     "CacheStats",
+    "ChecksumRecord",
     "Extent",
+    "FadingCounts",
     "HitCounts",
+    "HostTier",
     "LeastFrequent",
     "LeastRecent",
     "MayLeave",
     "PartShape",
     "Policy",
+    "PolicyName",
     "Read",
+    "ReadEvent",
+    "ReadMode",
+    "ReplayResult",
+    "Ring",
     "Section",
     "SectionCache",
     "SectionReader",
     "SlotPool",
     "StoredFile",
+    "Tier",
     "Urgency",
+    "UsageProfile",
     "allocate_weight",
+    "make_policy",
+    "preload",
+    "replay",
+    "replay_best",
 ]

@@ -1,10 +1,20 @@
-"""Which section leaves when a slot is needed: pure bookkeeping over names, without files or memory."""
+"""Which section leaves when a slot is needed: pure bookkeeping over names, without files or memory.
+
+Finding a victim takes logarithmic time in the number of sections: a cache holds thousands of experts and asks for every
+miss.
+"""
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from enum import StrEnum
+from itertools import count
 from typing import Protocol
+
+from moesys.store.usage import UsageProfile
 
 MayLeave = Callable[[Hashable], bool]
 """Whether a section could give up its slot now."""
@@ -56,17 +66,20 @@ class LeastRecent:
 class LeastFrequent:
     """The section that was used least often ever (LFU); among equals the one loaded first. Counts outlive an eviction.
 
-    Looks at every loaded section to choose one.
+    usage: counts to start from.
     """
 
-    def __init__(self) -> None:
-        self._counts: dict[Hashable, int] = {}
-        self._loaded: dict[Hashable, None] = {}
+    def __init__(self, usage: UsageProfile | None = None) -> None:
+        self._counts = dict[Hashable, float](() if usage is None else usage.counts.items())
+        self._loaded: dict[Hashable, int] = {}
+        self._numbers = count()
+        self._by_count = _Ranking(self._rank)
 
     def record_load(self, key: Hashable) -> None:
         """See `Policy`."""
-        self._loaded[key] = None
+        self._loaded[key] = next(self._numbers)
         self._counts.setdefault(key, 0)
+        self._by_count.add(key)
 
     def record_use(self, key: Hashable) -> None:
         """See `Policy`."""
@@ -78,7 +91,11 @@ class LeastFrequent:
 
     def choose_victim(self, may_leave: MayLeave) -> Hashable | None:
         """See `Policy`."""
-        return min(filter(may_leave, self._loaded), key=self._counts.__getitem__, default=None)
+        return self._by_count.find_first(may_leave)
+
+    def _rank(self, key: Hashable) -> _Rank | None:
+        number = self._loaded.get(key)
+        return None if number is None else (self._counts[key], number)
 
 
 class HitCounts:
@@ -87,8 +104,6 @@ class HitCounts:
     The use for which a section was loaded is its first hit. The victim has the fewest hits of those with at least
     ``threshold``, so that what has just come is not thrown out at once; where none has so many, it has the fewest of
     all. Among equals the one loaded first. After every ``period`` uses all hits are multiplied by ``decay``.
-
-    Looks at every loaded section to choose one.
     """
 
     def __init__(self, threshold: float = 2.0, decay: float = 0.5, period: int = 512) -> None:
@@ -96,25 +111,170 @@ class HitCounts:
         self._decay = decay
         self._period = period
         self._hits: dict[Hashable, float] = {}
+        self._loaded: dict[Hashable, int] = {}
+        self._numbers = count()
         self._uses = 0
+        self._proven = _Ranking(self._rank_proven)
+        self._new = _Ranking(self._rank_new)
 
     def record_load(self, key: Hashable) -> None:
         """See `Policy`."""
         self._hits[key] = 0.0
+        self._loaded[key] = next(self._numbers)
+        (self._proven if self._is_proven(key) else self._new).add(key)
 
     def record_use(self, key: Hashable) -> None:
         """See `Policy`."""
+        was_proven = self._is_proven(key)
         self._hits[key] += 1.0
+        if self._is_proven(key) and not was_proven:
+            self._proven.add(key)
         self._uses += 1
         if self._uses % self._period == 0:
             self._hits = {key: hits * self._decay for key, hits in self._hits.items()}
+            self._proven.rebuild(filter(self._is_proven, self._hits))
+            self._new.rebuild(key for key in self._hits if not self._is_proven(key))
 
     def record_eviction(self, key: Hashable) -> None:
         """See `Policy`."""
-        del self._hits[key]
+        del self._hits[key], self._loaded[key]
 
     def choose_victim(self, may_leave: MayLeave) -> Hashable | None:
         """See `Policy`."""
-        keys = list(filter(may_leave, self._hits))
-        proven = [key for key in keys if self._hits[key] >= self._threshold]
-        return min(proven or keys, key=self._hits.__getitem__, default=None)
+        victim = self._proven.find_first(may_leave)
+        return self._new.find_first(may_leave) if victim is None else victim
+
+    def _is_proven(self, key: Hashable) -> bool:
+        return self._hits[key] >= self._threshold
+
+    def _rank_proven(self, key: Hashable) -> _Rank | None:
+        is_there = key in self._hits and self._is_proven(key)
+        return (self._hits[key], self._loaded[key]) if is_there else None
+
+    def _rank_new(self, key: Hashable) -> _Rank | None:
+        is_there = key in self._hits and not self._is_proven(key)
+        return (self._hits[key], self._loaded[key]) if is_there else None
+
+
+class FadingCounts:
+    """The section with the fewest uses, of which older ones count less (LRFU: Lee et al., IEEE Transactions on
+    Computers 50-12, 2001); among equals the one loaded first. Counts outlive an eviction.
+
+    half_life:  after how many uses per known section a use counts half. Between the extremes, which are LRU and LFU,
+                replays of recorded routing hardly care: from 1 to 16 the loads differ by a few percent.
+    usage:      counts to start from, as if they had been made at the rate of the profile for ever.
+    """
+
+    def __init__(self, half_life: float = 4.0, usage: UsageProfile | None = None) -> None:
+        self._half_life = half_life
+        self._half_lives = 0.0
+        self._loaded: dict[Hashable, int] = {}
+        self._numbers = count()
+        self._ranking = _Ranking(self._rank)
+        # A use at time t, in half-lives, counts 2**(t - now) for ever after. What is kept of a section is the logarithm
+        # of the sum of 2**t over its uses: it orders sections at any time, and only uses change it.
+        self._logarithms: dict[Hashable, float] = {}
+        if usage is not None and (total := sum(usage.counts.values())):
+            scale = half_life * len(usage.counts) / (math.log(2) * total)
+            self._logarithms.update(
+                (key, math.log2(scale * number)) for key, number in usage.counts.items() if number
+            )
+
+    def record_load(self, key: Hashable) -> None:
+        """See `Policy`."""
+        self._loaded[key] = next(self._numbers)
+        self._logarithms.setdefault(key, -math.inf)
+        self._ranking.add(key)
+
+    def record_use(self, key: Hashable) -> None:
+        """See `Policy`."""
+        self._half_lives += 1 / (self._half_life * len(self._logarithms))
+        before, now = self._logarithms[key], self._half_lives
+        self._logarithms[key] = max(before, now) + math.log2(1 + 2 ** -abs(now - before))
+
+    def record_eviction(self, key: Hashable) -> None:
+        """See `Policy`. What is known of the section stays known."""
+        del self._loaded[key]
+
+    def choose_victim(self, may_leave: MayLeave) -> Hashable | None:
+        """See `Policy`."""
+        return self._ranking.find_first(may_leave)
+
+    def _rank(self, key: Hashable) -> _Rank | None:
+        number = self._loaded.get(key)
+        return None if number is None else (self._logarithms[key], number)
+
+
+class PolicyName(StrEnum):
+    """The policies that `make_policy` makes."""
+
+    LRU = "lru"
+    """`LeastRecent`."""
+    LFU = "lfu"
+    """`LeastFrequent`."""
+    MOESYS = "moesys"
+    """`HitCounts`."""
+    LRFU = "lrfu"
+    """`FadingCounts`: the fewest loads in replays of recorded routing."""
+
+
+def make_policy(name: PolicyName, usage: UsageProfile | None = None) -> Policy:
+    """Makes a policy by its name.
+
+    usage: what is known of the sections from runs before: policies whose counts outlive an eviction count on from it.
+           `preload` lets every policy begin with the sections that were used most.
+    """
+    match name:
+        case PolicyName.LRU:
+            return LeastRecent()
+        case PolicyName.LFU:
+            return LeastFrequent(usage)
+        case PolicyName.MOESYS:
+            return HitCounts()
+        case PolicyName.LRFU:
+            return FadingCounts(usage=usage)
+
+
+_Rank = tuple[float, int]
+"""Score, and when it was loaded: unique, so that keys are never compared."""
+
+
+class _Ranking:
+    """Keys by rank, lowest first. A key's rank may only rise; that is looked at when the key comes first.
+
+    rank: of a key now; None for one that is no longer part of the ranking.
+    """
+
+    def __init__(self, rank: Callable[[Hashable], _Rank | None]) -> None:
+        self._rank = rank
+        self._heap: list[tuple[_Rank, Hashable]] = []
+
+    def add(self, key: Hashable) -> None:
+        """Adds a key that has a rank."""
+        rank = self._rank(key)
+        assert rank is not None
+        heapq.heappush(self._heap, (rank, key))
+
+    def rebuild(self, keys: Iterable[Hashable]) -> None:
+        """Starts anew from these keys, whose ranks may have fallen."""
+        self._heap = [(rank, key) for key in keys if (rank := self._rank(key)) is not None]
+        heapq.heapify(self._heap)
+
+    def find_first(self, is_wanted: MayLeave) -> Hashable | None:
+        """Returns the wanted key of the lowest rank."""
+        refused: list[tuple[_Rank, Hashable]] = []
+        found = None
+        while self._heap and found is None:
+            noted, key = self._heap[0]
+            rank = self._rank(key)
+            if rank is None or rank[1] != noted[1]:
+                heapq.heappop(self._heap)
+            elif rank != noted:
+                heapq.heapreplace(self._heap, (rank, key))
+            elif is_wanted(key):
+                found = key
+            else:
+                refused.append(heapq.heappop(self._heap))
+        for entry in refused:
+            heapq.heappush(self._heap, entry)
+        return found

@@ -29,7 +29,7 @@ class Section:
 
     checksums:  the CRC-32 of each extent, as `zlib.crc32` computes it; None where nobody has recorded them yet.
 
-    Raises `ShapeError` for no extents, or another number of checksums.
+    Raises `ShapeError` for no extents, an extent without bytes, or another number of checksums.
     """
 
     name: str
@@ -39,6 +39,11 @@ class Section:
     def __post_init__(self) -> None:
         if not self.extents:
             raise ShapeError(f"section {self.name} has no extents; give it at least one")
+        for extent in self.extents:
+            if extent.num_bytes < 1:
+                raise ShapeError(
+                    f"section {self.name} has an extent of {extent.num_bytes} bytes; leave out what is empty"
+                )
         if self.checksums is not None and len(self.checksums) != len(self.extents):
             raise ShapeError(
                 f"section {self.name} has {len(self.checksums)} checksums for {len(self.extents)} extents; "

@@ -32,4 +32,6 @@ class StoredFile:
 
     def is_open_as(self, descriptor: int) -> bool:
         """Whether an open file is this one, unchanged. Raises `OSError`."""
-        return StoredFile.identify(self.path, descriptor) == self
+        status = os.fstat(descriptor)
+        found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return found == (self.device, self.inode, self.num_bytes, self.modified_ns)

@@ -14,7 +14,8 @@ from typing import Any, TypeGuard
 
 import torch
 
-from moesys.checkpoint import FolderLayout, load_model, read_layout, resolve_model, write_text_atomic
+from moesys.checkpoint import FolderLayout, load_model, resolve_model, write_text_atomic
+from moesys.checkpoint.layout import read_folder_layout
 from moesys.checkpoint.model_files import read_json_object
 from moesys.config import Config
 from moesys.data import Tokenizer, load_tokenizer
@@ -41,7 +42,8 @@ class Origin:
     def open(cls, folder: Path) -> Origin:
         """Reads the configs of a model folder, or those that a run has kept. Raises `ModelFormatError`."""
         generation = folder / _GENERATION_FILE
-        return cls(folder, read_layout(folder), read_json_object(generation) if generation.exists() else None)
+        layout = read_folder_layout(folder)
+        return cls(folder, layout, read_json_object(generation) if generation.exists() else None)
 
     @property
     def token_ids(self) -> dict[str, Any]:

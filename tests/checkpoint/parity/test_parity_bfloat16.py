@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from moesys.checkpoint import load_model
+from moesys.inference import Engine, SequenceStep
 from moesys.models import Decoder, DocumentAttend
 from moesys.moe import Choice, MoEConfig, Router, find_layers
 
@@ -51,11 +53,14 @@ class PinnedChoice(TorchFunctionMode):
 
 
 def replay(model: Decoder, tables: dict[int, Tensor]) -> None:
-    """Gives every router its choice."""
+    """Gives every router its choice, as the tables are when it is asked."""
     for layer_id, layer in find_layers(model).items():
-        given = Choice.from_table(tables[layer_id])
         layer.router.register_forward_pre_hook(
-            lambda _, args, kwargs, given=given: (args, kwargs | {"given": given}), with_kwargs=True
+            lambda _, args, kwargs, layer_id=layer_id: (
+                args,
+                kwargs | {"given": Choice.from_table(tables[layer_id])},
+            ),
+            with_kwargs=True,
         )
 
 
@@ -88,6 +93,28 @@ def test_bfloat16_is_as_exact_as_transformers(
         logits = theirs(TOKENS).logits
     assert next(pinned.tables, None) is None, "transformers did not ask for every layer's choice"
     assert measure(compute_logits(ours, TOKENS), exact) <= 1.5 * measure(logits, exact)
+
+
+@pytest.mark.parametrize("checkpoint", VARIANT_KEYS, indirect=True)
+@torch.no_grad()
+def test_bfloat16_with_a_cache_is_as_exact_as_transformers_without(checkpoint: Checkpoint) -> None:
+    """A prompt in two pieces, then token by token; latents are kept and attended to as they are."""
+    row = TOKENS[:1]
+    exact = checkpoint.theirs(row).logits[0]
+    tables = {i: table[: row.shape[1]] for i, table in choose_experts(checkpoint.ours).items()}
+    engine = Engine(ours := load_model(checkpoint.folder, torch.bfloat16))
+    theirs = load_theirs(checkpoint.folder, torch.bfloat16)
+    moe = [layer for layer in checkpoint.ours.config.feed_forwards if isinstance(layer, MoEConfig)]
+    with PinnedChoice(list(tables.values()), moe[0].num_experts if moe else 0):
+        logits = theirs(row).logits[0]
+    current = dict(tables)
+    replay(ours, current)
+    sequence = engine.open_sequence(row.shape[1])
+    parts: list[Tensor] = []
+    for start, end in pairwise([0, 3, 20, *range(21, row.shape[1] + 1)]):
+        current.update({i: table[start:end] for i, table in tables.items()})
+        parts += engine.step([SequenceStep(sequence, start, row[0, start:end].tolist())])
+    assert measure(torch.cat(parts), exact) <= 1.5 * measure(logits, exact)
 
 
 @pytest.mark.parametrize("checkpoint", FAMILY_KEYS, indirect=True)

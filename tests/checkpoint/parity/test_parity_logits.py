@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from oracle import LENGTH, Checkpoint, assert_same, compute_logits, make_tokens
+import transformers
+from oracle import LENGTH, Checkpoint, assert_same, compute_logits, make_theirs, make_tokens
 
 from family_keys import VARIANT_KEYS
 from moesys.errors import GenerationError, ShapeError
@@ -79,3 +80,16 @@ def test_longrope_ends_with_the_original_context(
         engine.open_sequence(limit + 1)
     with pytest.raises(ShapeError, match=r"position 64 lies beyond the original context \(64 tokens\)"):
         compute_logits(checkpoint.ours, tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@torch.no_grad()
+def test_transformers_answers_dynamic_ropes_by_how_the_text_was_cut() -> None:
+    """Why that kind is refused: there is no one result to be equal to."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    theirs = make_theirs(VARIANT_KEYS["llama"] | {"rope_parameters": rope, "max_position_embeddings": 16})
+    tokens = make_tokens(1)
+    whole = theirs(tokens).logits
+    cache = transformers.DynamicCache()
+    parts = [theirs(token, past_key_values=cache).logits for token in tokens.split(1, dim=1)]
+    assert (torch.cat(parts, dim=1) - whole)[:, -1].abs().max() > 1e-2 * whole.abs().max()

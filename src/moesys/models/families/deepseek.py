@@ -57,10 +57,15 @@ def _compute_softmax_scale(rope: RopeConfig, nope_head_dim: int) -> float | None
     return (nope_head_dim + rope.dim) ** -0.5 * mscale**2
 
 
-def _write_latent_attention(config: DecoderConfig) -> dict[str, Any]:
+def _find_latent_attention(config: DecoderConfig) -> LatentAttentionConfig:
     mixer = config.mixers[0]
     if not isinstance(mixer, LatentAttentionConfig):
-        raise ModelFormatError("its layers have latent attention, the model's have grouped-query attention")
+        raise ModelFormatError(f"its layers have latent attention, the model's have {mixer.kind}")
+    return mixer
+
+
+def _write_latent_attention(config: DecoderConfig) -> dict[str, Any]:
+    mixer = _find_latent_attention(config)
     return {
         "num_attention_heads": mixer.num_heads,
         "num_key_value_heads": mixer.num_heads,
@@ -168,7 +173,7 @@ def _write_v3(config: DecoderConfig) -> dict[str, Any]:
         **write_decoder(config),
         **_write_latent_attention(config),
         **_write_moe(config),
-        "rope_interleave": config.mixers[0].rope.is_interleaved,
+        "rope_interleave": _find_latent_attention(config).rope.is_interleaved,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "num_nextn_predict_layers": 0,

@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from moesys.errors import ModelFormatError, MoesysError
-from moesys.models.config import AttentionConfig, DecoderConfig, DenseConfig, LatentAttentionConfig
+from moesys.models.config import DecoderConfig, DenseConfig
 from moesys.models.decoder import Decoder
 from moesys.models.families.soundness import require_sound
 from moesys.models.layout import ExpertStorage, Layout
+from moesys.models.mixer import MixerConfig
 from moesys.models.stored import StoredTensor
 from moesys.moe import MoEConfig
 
@@ -106,16 +107,13 @@ def forget_training(config: DecoderConfig) -> DecoderConfig:
     return replace(config, feed_forwards=layers)
 
 
-_KINDS: dict[type, str] = {
-    MoEConfig: "a MoE layer",
-    DenseConfig: "a dense layer",
-    AttentionConfig: "grouped-query attention",
-    LatentAttentionConfig: "latent attention",
-}
+_KINDS: dict[type, str] = {MoEConfig: "a MoE layer", DenseConfig: "a dense layer"}
 
 
 def describe(value: Any) -> str:
     """A value in a sentence: the kind of a layer, anything else as it is."""
+    if isinstance(value, MixerConfig):
+        return value.kind
     return _KINDS.get(type(value), str(value))
 
 

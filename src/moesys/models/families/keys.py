@@ -98,7 +98,7 @@ def find_attention(config: DecoderConfig) -> AttentionConfig:
     """Returns the attention of the first layer; raises `ModelFormatError` where it is of another kind."""
     mixer = config.mixers[0]
     if not isinstance(mixer, AttentionConfig):
-        raise ModelFormatError("its layers have grouped-query attention, the model's have latent attention")
+        raise ModelFormatError(f"its layers have grouped-query attention, the model's have {mixer.kind}")
     return mixer
 
 

@@ -29,7 +29,7 @@ def require_sound(config: DecoderConfig) -> None:
         problems = [
             f"the rotary embedding {rope} has no finite angles"
             for rope in {mixer.rope for mixer in config.mixers}
-            if not _has_finite_angles(rope)
+            if rope is not None and not _has_finite_angles(rope)
         ]
     if problems:
         raise ModelFormatError(f"config.json holds values that no model has: {'; '.join(problems)}")

@@ -1,0 +1,92 @@
+"""``moesys generate --batch``: the prompts of a file through one engine, and their results into another file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesys.cli.memory_options import MemoryOptions
+from moesys.cli.opening import open_behind_bar
+from moesys.errors import IneffectiveOptionError
+
+if TYPE_CHECKING:
+    from moesys.inference import SamplingParams
+    from moesys.inference.batch import BatchRun
+
+
+def generate_batch(
+    model: Path,
+    prompt_file: Path,
+    output: Path,
+    *,
+    batch_size: int | None,
+    max_new_tokens: int | None,
+    sampling: SamplingParams,
+    stop: Sequence[str],
+    dtype: str | None,
+    memory: MemoryOptions,
+) -> None:
+    """Continues every prompt of a file that has no result yet. Nothing is loaded before all prompts are known to fit."""
+    from moesys.checkpoint import read_layout, read_text_tools
+    from moesys.inference import Stop
+    from moesys.inference.batch import MAX_SEQUENCES, BatchRun
+    from moesys.inference.batch_plan import describe_settings, plan_prompts
+    from moesys.inference.prompt_file import read_prompts
+    from moesys.inference.result_file import open_results
+
+    if memory.stats is not None:
+        raise IneffectiveOptionError(
+            "--stats has no effect with --batch, whose own figures are printed at the end; drop it"
+        )
+    lines = read_prompts(prompt_file)
+    tools = read_text_tools(model)
+    limit = read_layout(model).decoder.position_limit
+    prompts = plan_prompts(prompt_file, lines, tools.tokenizer, limit, max_new_tokens, sampling)
+    settings = describe_settings(model, max_new_tokens, sampling, stop, dtype)
+    with open_results(output, lines, settings) as results:
+        num_before = results.num_done
+        if num_before == len(lines):
+            print(f"all {num_before} results are in {output} already", file=sys.stderr)
+            return
+        num_positions = max(len(prompt.token_ids) + prompt.max_new_tokens for prompt in prompts[num_before:])
+        request = memory.make_request(num_positions, batch_size)
+        with open_behind_bar(model, dtype, memory, request) as open_run:
+            opened = open_run.opened
+            open_run.report_plan()
+            planned = MAX_SEQUENCES if opened.offloaded is None else opened.offloaded.plan.batch_size
+            run = BatchRun(
+                opened.engine,
+                opened.tokenizer,
+                prompts[num_before:],
+                Stop(stop, opened.stop_ids),
+                max_sequences=batch_size or planned,
+                prefill_tokens=opened.prefill_tokens,
+            )
+            with _show_results(num_before, len(lines), run) as on_result:
+                for result in run:
+                    results.add(num_before + result.index, result)
+                    on_result()
+            print(f"{len(lines) - num_before} results in {output}: {run.stats.describe()}", file=sys.stderr)
+            open_run.report_traffic()
+
+
+@contextmanager
+def _show_results(num_before: int, total: int, run: BatchRun) -> Iterator[Callable[[], None]]:
+    """Gives a function to call after each result, which moves a bar on a terminal's stderr; it vanishes at the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("writing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    is_silent = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=is_silent) as progress:
+        task = progress.add_task("", completed=num_before, total=total, rate="")
+        yield lambda: progress.update(task, advance=1, rate=f"{run.stats.new_tokens_per_s:.1f} tokens/s")

@@ -1,0 +1,167 @@
+"""How fast a model runs on a machine with so many experts in memory: predictions for prompts of any length and for
+batches of any size, each beside the bound that it cannot pass.
+
+Joins a machine's rates with a model's activity; which of the possible speeds is chosen is the plan's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesys.planning.activity import Activity
+from moesys.planning.cost import (
+    Bound,
+    BoundTimes,
+    StepRates,
+    StepWork,
+    compute_bound,
+    compute_decode_seconds,
+    compute_pass_seconds,
+    find_ceilings,
+    find_kernel_rates,
+    find_stream_rates,
+    slow_down,
+)
+from moesys.planning.machine_profile import MachineProfile, ReadWay
+from moesys.planning.miss_rates import SKEWED_SHARE, MissRates
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of a number of tokens that are computed together: a step of decoding, or a whole prompt.
+
+    seconds:           with as many misses as are assumed or were counted.
+    bound_times:       what the machine's best rates allow then.
+    ..._if_skewed:     with the fewer misses of routing that prefers some experts; the same where misses were counted,
+                       or do not matter.
+    disk_bytes_per_s:  the best rate of the disk.
+    """
+
+    num_tokens: int
+    seconds: float
+    seconds_if_skewed: float
+    bound_times: BoundTimes
+    bound_times_if_skewed: BoundTimes
+    disk_bytes_per_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+    @property
+    def tokens_per_s_if_skewed(self) -> float:
+        return self.num_tokens / self.seconds_if_skewed
+
+    @property
+    def bound(self) -> Bound:
+        return self.bound_times.bound
+
+    @property
+    def bound_tokens_per_s(self) -> float:
+        return self.num_tokens / self.bound_times.seconds
+
+    @property
+    def bound_tokens_per_s_if_skewed(self) -> float:
+        return self.num_tokens / self.bound_times_if_skewed.seconds
+
+
+@dataclass(frozen=True)
+class SpeedModel:
+    """A model on a machine.
+
+    way:            how experts are read.
+    section_bytes:  of an expert on the disk; 0 without experts.
+    """
+
+    profile: MachineProfile
+    way: ReadWay
+    activity: Activity
+    misses: MissRates
+    kv_bytes_per_token: int
+    section_bytes: int
+
+    def predict_decode(self, batch_size: int, position: float, num_slots: int) -> Prediction:
+        """Predicts a step of one new token for each of ``batch_size`` sequences that are ``position`` tokens long."""
+        rate = self._find_miss_rate(num_slots)
+        work = self._make_decode_work(batch_size, position, rate)
+        skewed = work
+        if self.misses.is_assumed:
+            skewed = self._make_decode_work(batch_size, position, SKEWED_SHARE * rate)
+        rates = find_kernel_rates(
+            self.profile, self.activity.weight_format, self.way, max(self.section_bytes, 1)
+        )
+        return Prediction(
+            num_tokens=batch_size,
+            seconds=compute_decode_seconds(work, self.activity, rates),
+            seconds_if_skewed=compute_decode_seconds(skewed, self.activity, rates),
+            bound_times=compute_bound(work, self._ceilings),
+            bound_times_if_skewed=compute_bound(skewed, self._ceilings),
+            disk_bytes_per_s=self._ceilings.disk_bytes_per_s,
+        )
+
+    def predict_prefill(self, num_tokens: int, pass_tokens: int, num_slots: int) -> Prediction:
+        """Predicts a prompt in passes of at most ``pass_tokens``. Where experts come from the disk, the first pass
+        finds none in memory; each later one finds those that the slots hold, in whatever order they are needed."""
+        works = self._list_passes(num_tokens, pass_tokens, num_slots)
+        alone = find_stream_rates(self.profile, self.activity.weight_format, self.way)
+        overlapped = slow_down(alone, self.profile)
+        seconds = sum(compute_pass_seconds(work, self.activity, alone, overlapped) for work in works)
+        bounds = [compute_bound(work, self._ceilings) for work in works]
+        bound_times = BoundTimes(
+            memory_s=sum(times.memory_s for times in bounds),
+            disk_s=sum(times.disk_s for times in bounds),
+            arithmetic_s=sum(times.arithmetic_s for times in bounds),
+        )
+        return Prediction(
+            num_tokens=num_tokens,
+            seconds=seconds,
+            seconds_if_skewed=seconds,
+            bound_times=bound_times,
+            bound_times_if_skewed=bound_times,
+            disk_bytes_per_s=self._ceilings.disk_bytes_per_s,
+        )
+
+    @property
+    def _ceilings(self) -> StepRates:
+        return find_ceilings(self.profile, self.activity.weight_format)
+
+    def _find_miss_rate(self, num_slots: int) -> float:
+        return 0.0 if num_slots >= self.activity.num_experts else self.misses.find_rate(num_slots)
+
+    def _make_decode_work(self, batch_size: int, position: float, miss_rate: float) -> StepWork:
+        activity = self.activity
+        expert_bytes = activity.count_expert_bytes(batch_size)
+        return StepWork(
+            num_tokens=batch_size,
+            core_bytes=activity.core_bytes,
+            core_flops=batch_size * (activity.core_flops + activity.head_flops),
+            expert_bytes=expert_bytes,
+            expert_flops=activity.count_expert_flops(batch_size),
+            missed_bytes=miss_rate * expert_bytes,
+            kv_bytes=batch_size * position * self.kv_bytes_per_token,
+            attention_flops=activity.count_attention_flops(batch_size, max(1, round(2 * position))),
+        )
+
+    def _list_passes(self, num_tokens: int, pass_tokens: int, num_slots: int) -> list[StepWork]:
+        activity = self.activity
+        num_experts = activity.num_experts
+        later_rate = max(0.0, 1 - num_slots / num_experts) if num_experts else 0.0
+        attention_flops = activity.count_attention_flops(num_tokens, num_tokens)
+        works = []
+        for start in range(0, num_tokens, pass_tokens):
+            count = min(pass_tokens, num_tokens - start)
+            expert_bytes = activity.count_expert_bytes(count)
+            is_cold = start == 0 and later_rate > 0
+            works.append(
+                StepWork(
+                    num_tokens=count,
+                    core_bytes=activity.core_bytes,
+                    core_flops=count * activity.core_flops + activity.head_flops,
+                    expert_bytes=expert_bytes,
+                    expert_flops=activity.count_expert_flops(count),
+                    missed_bytes=expert_bytes if is_cold else later_rate * expert_bytes,
+                    kv_bytes=(start + count) * self.kv_bytes_per_token,
+                    attention_flops=attention_flops * count / num_tokens,
+                )
+            )
+        return works

@@ -1,0 +1,92 @@
+"""What a token does, against the model's own counts and by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from family_keys import VARIANT_KEYS
+from model_folders import find_family
+from moesys.models import DecoderConfig
+from moesys.moe import MoEConfig
+from moesys.planning.activity import Activity, RoutedLayer, find_weight_format, make_activity
+from moesys.planning.ceilings import WeightFormat
+from moesys.planning.footprint import Footprint
+
+
+def read_config(name: str) -> DecoderConfig:
+    return find_family(VARIANT_KEYS[name]).read_config(VARIANT_KEYS[name])
+
+
+def count_layer_weights(layer: MoEConfig, config: DecoderConfig) -> int:
+    return (1 + layer.form.num_halves) * config.hidden_size * layer.intermediate_size
+
+
+def make_of(config: DecoderConfig) -> Activity:
+    routed = [layer for layer in config.feed_forwards if isinstance(layer, MoEConfig)]
+    sizes = [2 * count_layer_weights(layer, config) for layer in routed]
+    sections = tuple(
+        size for size, layer in zip(sizes, routed, strict=True) for _ in range(layer.num_experts)
+    )
+    return make_activity(config, Footprint(1000, sections, 1), sizes, lookup_bytes=100)
+
+
+@pytest.mark.parametrize("name", VARIANT_KEYS)
+def test_operations_are_a_third_of_the_trainings(name: str) -> None:
+    """Training counts 6 for what a forward pass counts 2, at any context."""
+    config = read_config(name)
+    activity = make_of(config)
+    for context in (1, 40):
+        flops = (
+            activity.core_flops
+            + activity.head_flops
+            + activity.count_expert_flops(1)
+            + activity.count_attention_flops(1, context)
+        )
+        assert flops == pytest.approx(config.compute_training_flops_per_token(context) / 3)
+
+
+@pytest.mark.parametrize("name", VARIANT_KEYS)
+def test_a_token_touches_its_experts_and_many_touch_all(name: str) -> None:
+    activity = make_of(read_config(name))
+    assert activity.core_bytes == 900
+    for layer in activity.layers:
+        assert layer.count_touched(1) == pytest.approx(layer.top_k)
+        assert layer.count_touched(10_000) == pytest.approx(layer.num_experts)
+    once = sum(layer.top_k * layer.expert_bytes for layer in activity.layers)
+    assert activity.count_expert_bytes(1) == pytest.approx(once)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "num_tokens", "touched"),
+    [(128, 8, 4, 29.1), (256, 8, 4, 30.5), (8, 2, 4, 5.5), (128, 8, 32, 0.87 * 128)],
+)
+def test_touched_experts_are_those_of_independent_choices(
+    num_experts: int, top_k: int, num_tokens: int, touched: float
+) -> None:
+    layer = RoutedLayer(num_experts, top_k, 1, 1.0)
+    assert layer.count_touched(num_tokens) == pytest.approx(touched, rel=0.01)
+
+
+@pytest.mark.parametrize(("bytes_per_weight", "form"), [(4, WeightFormat.FP32), (2, WeightFormat.BF16)])
+def test_a_model_without_experts_has_the_format_of_its_other_weights(
+    bytes_per_weight: int, form: WeightFormat
+) -> None:
+    config = read_config("qwen3")
+    assert not config.moe_layer_ids
+    core_bytes = bytes_per_weight * config.num_matmul_parameters_per_token
+    activity = make_activity(config, Footprint(core_bytes + 77, (), 1), [], lookup_bytes=77)
+    assert activity.weight_format is form
+    assert activity.num_experts == activity.count_expert_bytes(1) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "form"),
+    [
+        (1062, WeightFormat.INT8),
+        (2000, WeightFormat.BF16),
+        (2010, WeightFormat.BF16),
+        (4000, WeightFormat.FP32),
+    ],
+)
+def test_the_format_is_told_by_bytes_per_weight(num_bytes: int, form: WeightFormat) -> None:
+    assert find_weight_format(num_bytes, 1000) is form
