@@ -21,10 +21,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from moesys.checkpoint import load_text_model
+from moesys.checkpoint import load_text_model, read_text_tools
 from moesys.config import Config, TrainingConfig, dump_toml, load_config, parse_overrides
 from moesys.data import load_documents, split_heldout
-from moesys.inference import Engine, SamplingParams, generate
+from moesys.inference import (
+    Engine,
+    OffloadRequest,
+    SamplingParams,
+    generate,
+    load_offloaded,
+    verify_model,
+)
 from moesys.training import (
     Evaluation,
     PlainConsole,
@@ -44,6 +51,7 @@ JUDGED_TOKENS = 670_000
 FLOOR_BITS_PER_BYTE = 2.2
 PROBE_STEPS = 12
 UNTRAINED_TOKENS = 16_384
+HALF = "50%"
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,11 @@ def main() -> int:
     exported = export_run(run, export, None, on_damage=print)
     print(f"exported to {export} in {exported.family} layout: {exported.describe()}")
     samples = write_samples(export)
+    is_equal = run_within_half(export)
     report = run / "report.html"
     write_report(run, summarise(trainer, outcome.evaluation, untrained, compressed, samples), report)
-    return print_outcome(trainer, outcome.evaluation, untrained, compressed, report)
+    status = print_outcome(trainer, outcome.evaluation, untrained, compressed, report)
+    return status if is_equal else 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -158,6 +168,23 @@ def write_samples(export: Path) -> list[tuple[str, str]]:
         print(f"\n--- {prompt}{text}\n--- {generation.stats.describe()}")
         samples.append((prompt, text))
     return samples
+
+
+def run_within_half(export: Path) -> bool:
+    """Runs the model with its experts on the disk and memory for half of its weights; returns whether it computed the
+    same bits as with all of them."""
+    request = OffloadRequest(HALF, num_positions=128, batch_size=1)
+    with load_offloaded(export, request) as offloaded:
+        print(f"\nthe same model within {HALF} of its size:\n{offloaded.describe_plan()}")
+        tokenizer = read_text_tools(export).tokenizer
+        engine = Engine(offloaded.model, offloaded.execution, num_pages=offloaded.num_pages)
+        sampling = SamplingParams(temperature=0.7, top_p=0.95)
+        generation = generate(engine, tokenizer, PROMPTS[0], max_new_tokens=48, sampling=sampling)
+        print(f"--- {PROMPTS[0]}{''.join(generation)}\n--- {offloaded.describe_traffic()}")
+    check = verify_model(export, HALF)
+    for comparison in check.comparisons:
+        print(comparison.describe())
+    return check.is_equal
 
 
 def summarise(

@@ -36,9 +36,7 @@ def open_system(variant: str, task: Task) -> Iterator[OurDecoding]:
         batch_size=max(phase.batch for phase in task.phases),
     )
     with load_offloaded(path, request, records=True) as offloaded:
-        yield OurDecoding(
-            offloaded.model, offloaded.execution, offloaded.plan.prefill_tokens, offloaded, log
-        )
+        yield OurDecoding(offloaded.model, offloaded.execution, offloaded.plan.prefill_tokens, offloaded, log)
 
 
 class OurDecoding:
@@ -117,7 +115,7 @@ class _Meter:
     """
 
     def __init__(self, offloaded: OffloadedModel) -> None:
-        (self._cache,) = offloaded.caches
+        (self._cache,) = offloaded.caches.values()
         assert offloaded.recorder is not None
         self._recorder = offloaded.recorder
         self._keys = list(offloaded.experts.sections)

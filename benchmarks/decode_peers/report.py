@@ -102,7 +102,8 @@ def _format_traffic(phase: Phase, measured: Measured) -> str | None:
         return None
     steps = len(timed["step_seconds"])
     others = ", ".join(f"{name} {loads / steps:.1f}" for name, loads in traffic["num_replayed"].items())
+    per_step = {key: traffic[key] / steps for key in ("num_loads", "num_demands", "num_best")}
     return (
-        f"{phase.name}: {traffic['num_loads'] / steps:.1f} experts read per step of "
-        f"{traffic['num_demands'] / steps:.1f} used; a cache that knew the future {traffic['num_best'] / steps:.1f}; replayed: {others}"
+        f"{phase.name}: {per_step['num_loads']:.1f} experts read per step of {per_step['num_demands']:.1f} used; "
+        f"a cache that knew the future {per_step['num_best']:.1f}; replayed: {others}"
     )

@@ -88,7 +88,7 @@ def test_a_whole_folder_loads_and_tells_its_progress(folder: Path) -> None:
 
 def test_what_is_no_model_folder(folder: Path, tmp_path: Path) -> None:
     assert_refused(tmp_path / "absent", "is not a folder; give the folder of a Hugging Face checkpoint")
-    assert_refused(folder / WEIGHTS, "is not a folder")
+    assert_refused(folder / WEIGHTS, "is no packed file of moesys; give the folder of a model")
     (folder / "config.json").unlink()
     assert_refused(folder, "has no config.json")
 

@@ -1,4 +1,4 @@
-"""``generate --batch``: results of a file of prompts, resumed and refused; and what is refused before weights are read."""
+"""``generate --batch``: results of a file of prompts, and what is refused before weights are read."""
 
 from __future__ import annotations
 

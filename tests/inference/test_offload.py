@@ -153,7 +153,10 @@ def test_a_size_holds_what_a_pass_over_the_prompt_needs(tmp_path: Path) -> None:
 def test_a_number_of_slots_is_part_of_the_plan(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mixtral")
     with load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS, num_slots=5)) as offloaded:
-        assert (offloaded.plan.tier.num_experts, next(iter(offloaded.caches.values())).pool.num_slots) == (5, 5)
+        assert (offloaded.plan.tier.num_experts, next(iter(offloaded.caches.values())).pool.num_slots) == (
+            5,
+            5,
+        )
         assert offloaded.plan.tier.expert_bytes == next(iter(offloaded.caches.values())).pool.num_bytes
         assert "5 of 24 experts" in offloaded.describe_plan()
     for num_slots in (0, -1, 25):
@@ -180,7 +183,7 @@ def test_experts_are_stored_in_the_dtype_of_the_model(
     keys = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(keys | {"dtype": told}))
     with (
-        pytest.raises(ModelFormatError, match=f"moesys export MODEL --to DIR {advice}"),
+        pytest.raises(ModelFormatError, match=f"moesys pack MODEL --to FILE {advice}"),
         open_weights(folder),
     ):
         pass
@@ -191,23 +194,25 @@ def test_experts_are_stored_in_the_dtype_of_the_model(
     assert torch.equal(found, generate_logits(load_model(again)))
 
 
-def test_experts_in_an_order_that_no_export_changes_need_all_of_the_memory(tmp_path: Path) -> None:
+def test_experts_in_another_order_are_packed_first(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, GPT_OSS)
     with (
-        pytest.raises(ModelFormatError, match=r"in another order .*; run it without --host-memory"),
+        pytest.raises(
+            ModelFormatError, match=r"in another order .*; pack the model first: moesys pack MODEL"
+        ),
         open_weights(tmp_path),
     ):
         pass
 
 
-def test_experts_in_fp8_are_exported_first(tmp_path: Path) -> None:
+def test_experts_in_fp8_are_packed_first(tmp_path: Path) -> None:
     tensors = make_checkpoint(tmp_path, DEEPSEEK)
     for name in [name for name in tensors if ".experts." in name]:
         values, factors, _ = quantise_fp8(tensors[name], (8, 8), lambda factors: factors)
         tensors |= {name: values, f"{name}_scale_inv": factors}
     write_quantised(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [8, 8]})
     with (
-        pytest.raises(ModelFormatError, match=r"is stored as FP8, .* --to DIR --dtype bf16"),
+        pytest.raises(ModelFormatError, match=r"is stored as FP8, .*; pack the model first"),
         open_weights(tmp_path),
     ):
         pass

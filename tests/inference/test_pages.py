@@ -1,6 +1,8 @@
-"""Pages: each has one owner at a time, a sequence's lie side by side where they can, and what is cached survives growth."""
+"""Pages: each has one owner at a time, a sequence's lie side by side, and growth keeps what is cached."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_runs_and_pieces_are_the_rows_of_the_tokens() -> None:
             runs = cache.find_runs(start, stop)
             rows = [row for run in runs for row in range(run.start, run.stop)]
             assert rows == [cache.pages[t // 4] * 4 + t % 4 for t in range(start, stop)]
-            assert all(before.stop != after.start for before, after in zip(runs, runs[1:], strict=False))
+            assert all(before.stop != after.start for before, after in pairwise(runs))
             (piece,) = cache.find_pieces(start, stop)
             seen = [row for run in piece.runs for row in range(run.start, run.stop)][piece.num_skipped :]
             assert seen == rows

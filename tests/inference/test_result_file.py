@@ -96,8 +96,8 @@ def test_a_write_that_fails_leaves_whole_lines(tmp_path: Path, monkeypatch: pyte
                 raise OSError(28, "No space left on device")
             return write(descriptor, data[: len(data) // 2])
 
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-            patch.setattr(os, "write", fail)
+        monkeypatch.setattr(os, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
             add(results, 1)
     assert [record["line"] for record in read(path)] == [1]
 

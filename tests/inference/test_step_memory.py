@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 
-from peak_memory import MEASURE_PEAK
+import pytest
 
 from moesys.inference.decode_attention import PIECE_TOKENS
 from moesys.inference.step_memory import compute_step_bytes
 from moesys.models import AttentionConfig, DecoderConfig, RopeConfig
 from moesys.moe import MoEConfig
+from peak_memory import MEASURE_PEAK
 
 SCRIPT = (
     MEASURE_PEAK
@@ -95,18 +96,26 @@ def make_config(**attention: int) -> DecoderConfig:
     return DecoderConfig(300, 32, (mixer,) * 2, (MoEConfig(8, 2, 24),) * 2, max_positions=1000)
 
 
-def test_a_bound_by_hand() -> None:
-    """Of 3 tokens of bfloat16 at 10 positions: 2 experts of 3 * 24 inner and 2 * 32 outer numbers per token, 6 * 8 of
-    the router and 32 of the result, in float32."""
+@pytest.mark.parametrize(
+    ("num_tokens", "num_positions", "num_sequences", "widest"),
+    [(3, 10, 1, "logits"), (64, 20, 1, "feed_forward"), (64, 900, 1, "mixing"), (64, 64, 90, "logits")],
+)
+def test_a_bound_by_hand(num_tokens: int, num_positions: int, num_sequences: int, widest: str) -> None:
+    """Of bfloat16: 2 experts of 3 * 24 inner and 2 * 32 outer numbers per token, 6 * 8 of the router and 32 of the
+    result, in float32."""
     config = make_config()
-    stream, masks, scratch = 3 * 32 * (4 * 2 + 2 * 4), 3 * 10 * (2 * 2 + 2), PIECE_TOKENS * 16 * 4
-    feed_forward = 3 * (2 * (72 + 64) + 48 + 32) * 4
-    logits = 300 * (1 * 6 + 40)
-    mixing = 4 * config.mixers[0].count_step_elements(3, 10) + 10 * 32 * 2
-    found = compute_step_bytes(config, 3, 10, 2)
-    assert found == stream + scratch + max(mixing + masks, feed_forward + masks, logits)
-    many = compute_step_bytes(config, 3, 10, 2, num_sequences=3)
-    assert many - found == 300 * 2 * 6
+    stream, masks = num_tokens * 32 * (4 * 2 + 2 * 4), num_tokens * num_positions * (2 * 2 + 2)
+    scratch = PIECE_TOKENS * 16 * 4
+    parts = {
+        "mixing": 4 * config.mixers[0].count_step_elements(num_tokens, num_positions)
+        + num_positions * 32 * 2
+        + masks,
+        "feed_forward": num_tokens * (2 * (72 + 64) + 48 + 32) * 4 + masks,
+        "logits": 300 * (num_sequences * 6 + 40),
+    }
+    assert parts[widest] == max(parts.values())
+    found = compute_step_bytes(config, num_tokens, num_positions, 2, num_sequences)
+    assert found == stream + scratch + parts[widest]
 
 
 def test_a_bound_grows_with_all_that_it_depends_on() -> None:

@@ -124,6 +124,17 @@ def test_experts_compute_under_torch_func() -> None:
     )
 
 
+def test_linear_without_bias_keeps_tangents_and_batches() -> None:
+    """The form of a decoded token, which native computes after one look."""
+    x, weight = torch.randn(1, 70), torch.randn(40, 70)
+    d = torch.randn_like(weight)
+    assert_close(differentiate(lambda t: linear(x, t), weight, d), x @ d.t())
+    assert_close(differentiate(lambda t: linear(t, weight), x, x), x @ weight.t())
+    rows = torch.randn(3, 1, 70)
+    with torch.no_grad():
+        assert_close(torch.func.vmap(lambda row: linear(row, weight))(rows), rows @ weight.t())
+
+
 def test_native_computes_for_those_who_ask_for_no_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Being inside a dual level changes nothing for tensors without a tangent."""
     calls: list[int] = []

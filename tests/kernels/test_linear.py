@@ -9,6 +9,7 @@ from torch import Tensor
 from moesys.errors import KernelError, ShapeError
 from moesys.kernels import Int8Product, Int8Weight, Kernel, linear, pack_int8
 from moesys.kernels.formats import GROUP_SIZE
+from moesys.kernels.linear.native import is_plain_call
 
 FORMATS = ("float32", "bfloat16", "w8", "w8a8")
 SIZES = ((1, 1, 1), (1, 64, 64), (5, 37, 19), (7, 300, 130), (13, 129, 257))
@@ -126,6 +127,57 @@ def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("weight_format", Int8Product)
+@pytest.mark.parametrize("columns", [64, 200])
+def test_bf16_rows_have_the_bits_of_the_same_rows_in_float32(weight_format: str, columns: int) -> None:
+    x, weight, bias = draw(300, columns, 45, weight_format)
+    half = x.bfloat16()
+    y = linear(half, weight, bias.bfloat16(), Kernel.NATIVE)
+    wide = linear(half.float(), weight, bias.bfloat16().float(), Kernel.NATIVE)
+    assert torch.equal(y, wide.bfloat16())
+    assert torch.equal(linear(half[:1], weight, bias.bfloat16(), Kernel.NATIVE), y[:1])
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_call_of_decoding_has_the_bits_of_any_other(dtype: torch.dtype, weight_format: str) -> None:
+    x, weight, _ = draw(1, 100, 30, weight_format)
+    weight = weight if isinstance(weight, Int8Weight) else weight.to(dtype)
+    x = x.to(dtype)
+    with torch.inference_mode():
+        assert is_plain_call(x, weight)
+        y = linear(x.view(1, 1, 100), weight)
+    assert not is_plain_call(x, weight)
+    assert y.shape == (1, 1, 30)
+    assert torch.equal(y[0], linear(x, weight, torch.zeros(30, dtype=dtype), Kernel.NATIVE))
+
+
+@torch.no_grad()
+def test_what_a_glance_cannot_vouch_for_is_not_plain() -> None:
+    x, weight, _ = draw(2, 64, 30, "float32")
+    packed = pack_int8(weight)
+    strided = Int8Weight(packed.values, torch.ones(1, 1).expand(30, 1), 64)
+    for other in (
+        weight.t(),
+        weight[:, ::2],
+        weight[:, :32],
+        weight.double(),
+        weight[0],
+        weight[None],
+        weight[0, 0],
+    ):
+        assert not is_plain_call(x, other)
+    assert not is_plain_call(x, strided)
+    assert not is_plain_call(x[:, :63], packed)
+    assert not is_plain_call(x.t().contiguous().t(), weight)
+    assert not is_plain_call(x.bfloat16(), weight)
+    assert not is_plain_call(x.double(), weight.double())
+    assert not is_plain_call(x.to("meta"), weight)
+    assert not is_plain_call(x, weight.to("meta"))
+    with torch.autocast("cpu"):
+        assert not is_plain_call(x, weight)
+
+
 def test_auto_is_native_without_gradients_and_torch_with() -> None:
     x, weight, bias = draw(9, 300, 40, "float32")
     with torch.no_grad():
@@ -139,7 +191,9 @@ def test_auto_is_native_without_gradients_and_torch_with() -> None:
 def test_the_environment_overrides_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _ = draw(9, 300, 40, "float32")
     monkeypatch.setenv("MOESYS_KERNEL", "reference")
-    assert torch.equal(linear(x, weight), linear(x, weight, kernel=Kernel.REFERENCE))
+    for gradients in (torch.enable_grad, torch.inference_mode):
+        with gradients():
+            assert torch.equal(linear(x, weight), linear(x, weight, kernel=Kernel.REFERENCE))
     monkeypatch.setenv("MOESYS_KERNEL", "fastest")
     with pytest.raises(
         KernelError, match="MOESYS_KERNEL is 'fastest'; valid values are auto, reference, torch, native"
@@ -171,6 +225,7 @@ def test_a_kernel_that_cannot_take_the_call_says_why() -> None:
             None,
             "x is torch.float32 but the weights are torch.float64",
         ),
+        (torch.ones(2, 3), torch.ones(()), None, r"as many columns as x \(2, 3\), got \(\)"),
         (
             torch.ones(2, 3),
             torch.ones(4, 3),
@@ -180,5 +235,6 @@ def test_a_kernel_that_cannot_take_the_call_says_why() -> None:
     ],
 )
 def test_bad_input(x: Tensor, weight: Tensor, bias: Tensor | None, message: str) -> None:
-    with pytest.raises(ShapeError, match=message):
-        linear(x, weight, bias)
+    for gradients in (torch.enable_grad, torch.inference_mode):
+        with gradients(), pytest.raises(ShapeError, match=message):
+            linear(x, weight, bias)

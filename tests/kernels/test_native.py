@@ -80,23 +80,21 @@ pointers = []
 def point(kind, values):
     pointers.append(array.array(kind, values))
     return pointers[-1].buffer_info()[0]
-class Matrix(ctypes.Structure):
-    _fields_ = [("format", ctypes.c_int32), ("values", ctypes.c_void_p), ("scales", ctypes.c_void_p),
-                ("rows", ctypes.c_int64), ("columns", ctypes.c_int64)]
-class Activations(ctypes.Structure):
-    _fields_ = [("values", ctypes.c_void_p), ("rounded", ctypes.c_void_p), ("scales", ctypes.c_void_p),
-                ("corrections", ctypes.c_void_p), ("columns", ctypes.c_int64)]
 class Call(ctypes.Structure):
-    _fields_ = [("x", Activations), ("rows", ctypes.c_int64), ("w", Matrix), ("bias", ctypes.c_void_p),
-                ("y", ctypes.c_void_p), ("threads", ctypes.c_int32)]
+    _fields_ = [("x", ctypes.c_void_p), ("is_bf16", ctypes.c_int32), ("rows", ctypes.c_int64),
+                ("columns", ctypes.c_int64), ("format", ctypes.c_int32), ("values", ctypes.c_void_p),
+                ("scales", ctypes.c_void_p), ("w_rows", ctypes.c_int64), ("w_columns", ctypes.c_int64),
+                ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p), ("threads", ctypes.c_int32)]
 rows, columns, outputs = 7, 64, 5
+inputs = ((0, point("f", [2.0] * (rows * columns))), (1, point("H", [0x4000] * (rows * columns))))
 for format, kind, one in ((0, "f", 1.0), (1, "H", 0x3F80), (2, "b", 1), (3, "b", 1)):
-    x = Activations(point("f", [2.0] * (rows * columns)), point("b", [0] * (rows * columns)),
-                    point("f", [0.0] * rows), point("i", [0] * (16 * rows)), columns)
-    w = Matrix(format, point(kind, [one] * (outputs * columns)), point("f", [1.0] * outputs), outputs, columns)
-    y = point("f", [0.0] * (rows * outputs))
-    library.moesys_linear(ctypes.byref(Call(x, rows, w, None, y, 1)))
-    assert all(abs(value - 2 * columns) < 1e-3 for value in pointers[-1]), (format, pointers[-1])
+    w = (format, point(kind, [one] * (outputs * columns)), point("f", [1.0] * outputs), outputs, columns)
+    for is_bf16, x in inputs:
+        y = array.array("H" if is_bf16 else "f", [0] * (rows * outputs))
+        call = Call(x, is_bf16, rows, columns, *w, None, y.buffer_info()[0], 1)
+        assert library.moesys_linear(ctypes.byref(call)) == 0
+        expected = 0x4300 if is_bf16 else 2 * columns
+        assert all(abs(value - expected) < 1e-3 for value in y), (format, y)
 print("agreed")
 """
 

@@ -330,6 +330,16 @@ def test_a_pass_that_does_not_need_everything_goes_on(open_source: OPEN) -> None
             run(source, layer, [e for e in range(8) if (e + number + layer) % 3], 8)
 
 
+def test_what_was_read_ahead_for_nobody_makes_room(open_source: OPEN) -> None:
+    source, cache = open_source(4, 8, num_slots=12)
+    ring, _ = source._places[0]
+    run(source, 0, range(8), 8)
+    assert all(cache.is_here((1, expert)) for expert in range(8)), "what layer 0 leaves makes room for layer 1"
+    run(source, 1, range(4), 8)
+    held = [key for key in ring._pinned if key[0] == 1]
+    assert all(ring.stays(key) for key in held)
+
+
 def test_a_pass_goes_on_where_others_hold_the_slots(open_source: OPEN) -> None:
     source, cache = open_source(3, 8, num_slots=9)
     pass_over_everything(source, 3, 8)

@@ -27,27 +27,37 @@ class SlowLeastFrequent:
 
 
 class SlowFadingCounts:
-    """Adds up all uses anew for every question."""
+    """Adds up all uses anew for every question. Keys are (group, number)."""
 
     def __init__(self, half_life: float) -> None:
         self._half_life = half_life
-        self._uses: dict[Hashable, list[float]] = {}
-        self._loaded: dict[Hashable, None] = {}
-        self._now = 0.0
+        self._uses: list[tuple[int, int]] = []
+        self._loaded: dict[tuple[int, int], None] = {}
 
-    def record_load(self, key: Hashable) -> None:
+    def record_load(self, key: tuple[int, int]) -> None:
         self._loaded[key] = None
-        self._uses.setdefault(key, [])
 
-    def record_use(self, key: Hashable) -> None:
-        self._now += 1 / (self._half_life * len(self._uses))
-        self._uses[key].append(self._now)
+    def record_use(self, key: tuple[int, int]) -> None:
+        self._uses.append(key)
 
-    def record_eviction(self, key: Hashable) -> None:
+    def record_eviction(self, key: tuple[int, int]) -> None:
         del self._loaded[key]
 
-    def compute_count(self, key: Hashable) -> float:
-        return sum(2 ** (use - self._now) for use in self._uses[key])
+    def compute_count(self, key: tuple[int, int]) -> float:
+        visits = 0
+        total = 0.0
+        for run in self._list_visits():
+            visits += run[0][0] == key[0]
+            total += 2 ** (visits / self._half_life) if key in run else 0
+        return total
+
+    def _list_visits(self) -> list[list[tuple[int, int]]]:
+        runs: list[list[tuple[int, int]]] = []
+        for use in self._uses:
+            if not runs or runs[-1][0][0] != use[0] or use in runs[-1]:
+                runs.append([])
+            runs[-1].append(use)
+        return runs
 
     def choose_victim(self, may_leave: MayLeave) -> Hashable | None:
         return min(filter(may_leave, self._loaded), key=self.compute_count, default=None)

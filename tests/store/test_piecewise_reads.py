@@ -135,6 +135,7 @@ def test_each_section_is_told_of_once_with_its_times(path: Path) -> None:
     assert entered.wait(WAIT_S)
     reads += [reader.submit(section, make_buffers(section), Urgency.PREFETCH) for section in sections[1:]]
     reader.hurry(reads[2])
+    opened_s = time.perf_counter()
     opened.set()
     finish(reader, *reads)
     assert len(events) == 4, "nobody learns that a read is done before it is told of"
@@ -164,6 +165,8 @@ def test_each_section_is_told_of_once_with_its_times(path: Path) -> None:
         assert thread.startswith("moesys-read") == (event is not events[4][0])
         assert event.num_bytes == 2 * BLOCK
         assert start_s <= event.queued_s <= event.started_s <= event.finished_s
+    assert events[0][0].queued_s <= events[0][0].started_s < opened_s < events[0][0].finished_s
+    assert events[2][0].queued_s < opened_s
     assert events[2][0].started_s >= events[1][0].finished_s, "one thread reads one after the other"
     assert events[4][0].started_s == events[4][0].finished_s, "it never started"
 

@@ -15,7 +15,7 @@ from section_files import identify, make_buffers, write_sections
 
 import moesys.store.reader
 from moesys.errors import SectionReadError, ShapeError
-from moesys.store import Extent, Read, Section, SectionReader, Urgency
+from moesys.store import Extent, Read, Section, SectionReader, Urgency, find_direct_obstacle
 
 WAIT_S = 10
 
@@ -68,7 +68,9 @@ def test_a_guess_that_becomes_a_demand_goes_before_other_guesses(sections: dict[
         gate.opened.set()
         for read in reads:
             wait(reader, read)
-    assert gate.offsets == [extent.offset for key in (0, 3, 2, 1) for extent in sections[key].extents if extent.part_offset == 0]
+    assert gate.offsets == [
+        extent.offset for key in (0, 3, 2, 1) for extent in sections[key].extents if extent.part_offset == 0
+    ]
 
 
 def test_what_waits_when_the_reader_closes_ends_with_an_error(sections: dict[int, Section]) -> None:
@@ -210,3 +212,22 @@ def test_a_path_holds_wherever_the_process_goes(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path / "elsewhere")
     with SectionReader(1) as reader:
         assert len(read_now(reader, sections[0])) == 64
+
+
+def test_whether_a_file_can_be_read_past_the_page_cache_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4096))
+    real_open = os.open
+
+    def refuse(name: Path, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real_open(name, flags)
+
+    monkeypatch.setattr("moesys.store.open_files.os.open", refuse)
+    assert find_direct_obstacle(path) == "the file system refuses O_DIRECT: Invalid argument"
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError):
+        find_direct_obstacle(tmp_path / "absent")

@@ -1,7 +1,7 @@
 """Where each expert of a model folder lies on the disk, as sections that are read into slots byte for byte.
 
 That works where the file holds an expert's numbers in the order and dtype that the kernels take: nothing is decoded on
-the way. Other checkpoints are exported into such a layout first.
+the way. Other checkpoints are packed first.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from moesys.checkpoint.model_files import FileTensor
-from moesys.checkpoint.tensor_source import Fp8Source, PlainSource, TensorSource
+from moesys.checkpoint.tensor_source import Fp8Source, Mxfp4Source, PlainSource, TensorSource
 from moesys.errors import ModelFormatError
-from moesys.models import Block, Decoder, Encoding, Family, StoredTensor
-from moesys.models.layout import MoELayout
+from moesys.models import Block, Decoder, Encoding, StoredTensor
 from moesys.moe import ExpertBank, ExpertKey, MoELayer, PlainLayout, SlotLayout
 from moesys.store import Extent, Section, StoredFile
 
-_EXPORT = "moesys export MODEL --to DIR"
+_PACK = "moesys pack MODEL --to FILE"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def is_of_experts(source: TensorSource, model: Decoder) -> bool:
 
 
 def find_expert_sections(
-    model: Decoder, sources: Iterable[TensorSource], family: Family, dtype: torch.dtype
+    model: Decoder, sources: Iterable[TensorSource], dtype: torch.dtype
 ) -> ExpertSections:
     """Returns the sections of a model on the meta device; nothing but the files' identity is read.
 
@@ -56,12 +55,12 @@ def find_expert_sections(
     files: dict[Path, StoredFile] = {}
     for source in sources:
         layer_id, part, parameter = places[find_base(source.stored.view)]
-        values = _require_plain(source, model, family)
+        values = _require_plain(source)
         if values.record.torch_dtype != dtype:
             raise ModelFormatError(
                 f"{source.stored.name} is stored as {values.record.dtype} and the model is computed in {dtype}, as "
-                "config.json or the lack of a kernel has it, but experts are read from the disk as they are; export "
-                f"the model first: {_EXPORT} --dtype {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+                "config.json or the lack of a kernel has it, but experts are read from the disk as they are; pack "
+                f"the model first: {_PACK} --dtype {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
             )
         path = values.span.path
         if path not in files:
@@ -77,33 +76,20 @@ def find_expert_sections(
     )
 
 
-def _require_plain(source: TensorSource, model: Decoder, family: Family) -> FileTensor:
-    """Returns the tensor whose bytes are what the kernels take; raises `ModelFormatError` with what helps if anything
-    does."""
+def _require_plain(source: TensorSource) -> FileTensor:
+    """Returns the tensor whose bytes are what the kernels take; raises `ModelFormatError` with what helps."""
     if isinstance(source, PlainSource) and _is_plain(source.stored):
         return source.values
-    if isinstance(source, Fp8Source):
-        reason, fix = "is stored as FP8", f"export the model first: {_EXPORT} --dtype bf16"
-    else:
-        reason, fix = "is stored in another order than the kernels take", "run it without --host-memory"
-        storages = [
-            layout.experts.storage for layout in family.layout.moe if _has_plain_experts(layout, model)
-        ]
-        if storages:
-            fix = f"export the model first: {_EXPORT} --experts {storages[0]}"
+    match source:
+        case Fp8Source():
+            how = "as FP8"
+        case Mxfp4Source():
+            how = "as MXFP4"
+        case _:
+            how = "in another order than the kernels take"
     raise ModelFormatError(
-        f"{source.stored.name} {reason}, so that experts cannot be read one by one from this checkpoint; {fix}"
-    )
-
-
-def _has_plain_experts(layout: MoELayout, model: Decoder) -> bool:
-    """Whether a checkpoint in this layout would hold the experts as the kernels take them."""
-    banks = [layer.experts for layer in model.modules() if isinstance(layer, MoELayer)]
-    return all(
-        _is_plain(stored)
-        for bank in banks
-        if isinstance(bank, ExpertBank)
-        for stored in layout.experts.list_tensors(bank)
+        f"{source.stored.name} is stored {how}, so that experts cannot be read one by one from this checkpoint; pack "
+        f"the model first: {_PACK}"
     )
 
 

@@ -99,7 +99,7 @@ def _open_folder(folder: Path, product: Int8Product | None) -> Iterator[Offloade
     require_no_product(folder, product)
     with open_unread_model(folder) as unread:
         of_experts = [source for source in unread.find_sources() if is_of_experts(source, unread.model)]
-        experts = find_expert_sections(unread.model, of_experts, unread.family, unread.dtype)
+        experts = find_expert_sections(unread.model, of_experts, unread.dtype)
         yield _FolderWeights(experts, unread)
 
 

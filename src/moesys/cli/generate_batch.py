@@ -29,7 +29,7 @@ def generate_batch(
     dtype: str | None,
     memory: MemoryOptions,
 ) -> None:
-    """Continues every prompt of a file that has no result yet. Nothing is loaded before all prompts are known to fit."""
+    """Continues every prompt of a file that has no result yet. Loads nothing before all are known to fit."""
     from moesys.checkpoint import read_layout, read_text_tools
     from moesys.inference import Stop
     from moesys.inference.batch import MAX_SEQUENCES, BatchRun

@@ -13,11 +13,13 @@ from moesys.inference.sampling import SamplingParams
 from moesys.inference.text import TextStream
 from moesys.inference.timeline import draw_timeline, require_drawing
 from moesys.inference.trace import Trace
+from moesys.inference.verify import EqualityCheck, verify_model
 
 __all__ = [
     "ChatFormat",
     "ChatSession",
     "Engine",
+    "EqualityCheck",
     "Generation",
     "GenerationStats",
     "OffloadRequest",
@@ -37,4 +39,5 @@ __all__ = [
     "load_offloaded",
     "open_model",
     "require_drawing",
+    "verify_model",
 ]

@@ -126,12 +126,13 @@ class CachedAttend:
         cached = self._pool.layers[layer_id]
         for tensor, new in zip(cached, (k,) if v is None else (k, v), strict=True):
             tensor.index_copy_(0, self._rows, new[0])
-        keys, values = cached[0], None if v is None else cached[1]
-        size = rule.value_size if values is None else values.shape[2]
-        y_THD = q.new_empty(*q.shape[1:3], size)
+        keys = cached[0]
+        values = keys[..., : rule.value_size] if v is None else cached[1]
+        y_THD = q.new_empty(*q.shape[1:3], values.shape[2])
         for span in self._spans:
             if span.num_new > 1:
-                y_THD[span.start : span.end] = self._attend_tokens(span, q, keys, values, rule)
+                own = None if v is None else values
+                y_THD[span.start : span.end] = self._attend_tokens(span, q, keys, own, rule)
         if self._lone_rows:
             self._attend_lone_tokens(y_THD, q, keys, values, rule)
         return y_THD[None]
@@ -152,11 +153,9 @@ class CachedAttend:
             span.cache.length = span.stop
 
     def _attend_lone_tokens(
-        self, y_THD: Tensor, q: Tensor, keys: Tensor, values: Tensor | None, rule: SoftmaxRule
+        self, y_THD: Tensor, q: Tensor, keys: Tensor, values: Tensor, rule: SoftmaxRule
     ) -> None:
         """Writes the rows of sequences with one new token each."""
-        if values is None:
-            values = keys[..., : rule.value_size]
         scaled = q[0, self._lone_rows].float() * rule.scale
         pieces = self._find_pieces(rule.sliding_window)
         for row, q_HD, seen in zip(self._lone_rows, scaled, pieces, strict=True):

@@ -94,7 +94,7 @@ def _write_whole(descriptor: int, data: bytes) -> None:
         while written < len(data):
             written += os.write(descriptor, data[written:])
     except BaseException:
-        pass
+        os.ftruncate(descriptor, start)
         raise
 
 

@@ -108,6 +108,12 @@ def read_wish() -> Kernel:
         raise KernelError(f"MOESYS_KERNEL is '{name}'; valid values are {', '.join(Kernel)}") from None
 
 
+def wants_native(asked: Kernel) -> bool:
+    """Whether ``native`` computes a call that it can take, where it is the fastest."""
+    wish = read_wish() if asked is Kernel.AUTO else asked
+    return wish is Kernel.AUTO or wish is Kernel.NATIVE
+
+
 def is_torch_certain() -> bool:
     """Whether `read_wish` gives ``torch`` or ``auto`` in every thread, answered without a look at this one's. For code
     that ``torch.compile`` captures: a graph made after a yes is guarded by it, where `read_wish` breaks the graph."""

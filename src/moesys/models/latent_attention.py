@@ -150,7 +150,7 @@ class LatentAttention(Mixer):
         latent, k_rope = self.kv_a_proj(x_BSD).split([c.latent_rank, c.rope.dim], dim=-1)
         latent = self.kv_a_norm(latent)
         ropes = apply_rotation(torch.cat([q_rope, k_rope.unsqueeze(-2)], dim=-2), rotation, c.rope)
-        q_rope, k_rope = ropes.flip(-2).split([c.num_heads, 1], dim=-2)
+        q_rope, k_rope = ropes.split([c.num_heads, 1], dim=-2)
         compute = self._attend_to_latents if attend.caches_latents else self._attend_to_heads
         y = compute(q_nope, q_rope, latent, k_rope, attend)
         return self.o_proj(y.flatten(-2))

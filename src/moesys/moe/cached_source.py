@@ -130,6 +130,8 @@ class CachedSource:
                 if is_pass:
                     for key in ready:
                         ring.spend(key)
+            if is_pass:
+                ring.read_ahead()
         except SectionReadError:
             # What fails for the same reason shall not be met by the next who asks for it.
             layer.cache.settle(list(pinned))

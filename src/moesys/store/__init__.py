@@ -5,9 +5,9 @@ Knows nothing of models or routing: a section is bytes with a name, a slot is me
 
 from moesys.store.cache import CacheMemory, CacheStats, SectionCache
 from moesys.store.checksums import ChecksumRecord
-from moesys.store.events import ReadEvent, Urgency
+from moesys.store.events import ReadEvent, Urgency, Verification
 from moesys.store.memory import allocate_weight
-from moesys.store.open_files import ReadMode
+from moesys.store.open_files import ReadMode, find_direct_obstacle
 from moesys.store.policy import (
     FadingCounts,
     HitCounts,
@@ -24,10 +24,11 @@ from moesys.store.ring import Ring
 from moesys.store.section import Extent, Section
 from moesys.store.slots import PartShape, SlotPool
 from moesys.store.stored_file import StoredFile
-from moesys.store.tier import HostTier, Tier
+from moesys.store.tier import Arrival, HostTier, Mover, Slots, Tier
 from moesys.store.usage import UsageProfile, preload
 
 __all__ = [
+    "Arrival",
     "CacheMemory",
     "CacheStats",
     "ChecksumRecord",
@@ -38,6 +39,7 @@ __all__ = [
     "LeastFrequent",
     "LeastRecent",
     "MayLeave",
+    "Mover",
     "PartShape",
     "Policy",
     "PolicyName",
@@ -50,11 +52,14 @@ __all__ = [
     "SectionCache",
     "SectionReader",
     "SlotPool",
+    "Slots",
     "StoredFile",
     "Tier",
     "Urgency",
     "UsageProfile",
+    "Verification",
     "allocate_weight",
+    "find_direct_obstacle",
     "make_policy",
     "preload",
     "replay",

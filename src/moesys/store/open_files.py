@@ -33,6 +33,19 @@ class ReadMode(StrEnum):
     """Past it: into the slot itself where file and memory are aligned to blocks, else by way of a buffer."""
 
 
+def find_direct_obstacle(path: Path) -> str | None:
+    """Returns why a file cannot be read past the page cache; None where it can. Raises `OSError` for a file that cannot
+    be read at all."""
+    os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    if not hasattr(os, "O_DIRECT"):
+        return "this system has no O_DIRECT"
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+    except OSError as error:
+        return f"the file system refuses O_DIRECT: {error.strerror}"
+    return None
+
+
 class OpenFiles:
     """Descriptors by path, opened when first needed."""
 

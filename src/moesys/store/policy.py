@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from enum import StrEnum
 from itertools import count
@@ -160,22 +160,27 @@ class FadingCounts:
     """The section with the fewest uses, of which older ones count less (LRFU: Lee et al., IEEE Transactions on
     Computers 50-12, 2001); among equals the one loaded first. Counts outlive an eviction.
 
-    half_life:  after how many uses per known section a use counts half. Between the extremes, which are LRU and LFU,
-                replays of recorded routing hardly care: from 1 to 16 the loads differ by a few percent.
-    usage:      counts to start from, as if they had been made at the rate of the profile for ever.
+    Time is counted in visits: the sections of a group, such as a layer, are used together, each once, and those of
+    other groups before they are used again. So sections of a layer that waits for its turn do not look old.
+
+    half_life:  after how many visits of its group a use counts half. The extremes are LRU and LFU; from 8 to 64 the
+                loads of replayed routing differed by 6 % at most.
+    usage:      counts to start from, as if they had been made for ever, those of the most used section in every visit.
     """
 
-    def __init__(self, half_life: float = 4.0, usage: UsageProfile | None = None) -> None:
+    def __init__(self, half_life: float = 24.0, usage: UsageProfile | None = None) -> None:
         self._half_life = half_life
-        self._half_lives = 0.0
+        self._visits: Counter[Hashable] = Counter()
+        self._visited: Hashable = None
+        self._used_in_visit: set[Hashable] = set()
         self._loaded: dict[Hashable, int] = {}
         self._numbers = count()
         self._ranking = _Ranking(self._rank)
         # A use at time t, in half-lives, counts 2**(t - now) for ever after. What is kept of a section is the logarithm
         # of the sum of 2**t over its uses: it orders sections at any time, and only uses change it.
         self._logarithms: dict[Hashable, float] = {}
-        if usage is not None and (total := sum(usage.counts.values())):
-            scale = half_life * len(usage.counts) / (math.log(2) * total)
+        if usage is not None and (most := max(usage.counts.values(), default=0)):
+            scale = half_life / (math.log(2) * most)
             self._logarithms.update(
                 (key, math.log2(scale * number)) for key, number in usage.counts.items() if number
             )
@@ -187,9 +192,14 @@ class FadingCounts:
         self._ranking.add(key)
 
     def record_use(self, key: Hashable) -> None:
-        """See `Policy`."""
-        self._half_lives += 1 / (self._half_life * len(self._logarithms))
-        before, now = self._logarithms[key], self._half_lives
+        """See `Policy`. The first number of a key, where it is several, names its group."""
+        group = key[0] if isinstance(key, tuple) else None
+        if group != self._visited or key in self._used_in_visit:
+            self._visited = group
+            self._visits[group] += 1
+            self._used_in_visit.clear()
+        self._used_in_visit.add(key)
+        before, now = self._logarithms[key], self._visits[group] / self._half_life
         self._logarithms[key] = max(before, now) + math.log2(1 + 2 ** -abs(now - before))
 
     def record_eviction(self, key: Hashable) -> None:
@@ -267,7 +277,7 @@ class _Ranking:
         while self._heap and found is None:
             noted, key = self._heap[0]
             rank = self._rank(key)
-            if rank is None or rank[1] != noted[1]:
+            if rank is None:
                 heapq.heappop(self._heap)
             elif rank != noted:
                 heapq.heapreplace(self._heap, (rank, key))

@@ -143,8 +143,6 @@ class SectionReader:
     def hurry(self, read: Read) -> None:
         """Makes a prefetch a demand: what of it still waits goes before all prefetches."""
         with self._has_work:
-            if read.urgency is Urgency.DEMAND:
-                return
             read.urgency = Urgency.DEMAND
             pieces = self._waiting[Urgency.PREFETCH].pop(read, None)
             if pieces is not None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.kernels.choice import Kernel, is_torch_certain
+from moesys.kernels.choice import Kernel, is_torch_certain, wants_native
 from moesys.kernels.derivatives import is_transformed, is_watched
 from moesys.kernels.formats import Int8Weight
-from moesys.kernels.linear import torch_product
+from moesys.kernels.linear import native, torch_product
 from moesys.kernels.linear.implementations import compute_linear
 from moesys.kernels.linear.operator import call_linear
 from moesys.kernels.records import Weight
@@ -27,8 +27,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, kernel: Kernel
     ``moesys::linear`` and others torch's own product, unless another kernel is asked for: that one breaks the graph.
     ``MOESYS_KERNEL`` counts as it was when the graph was captured.
     """
+    is_compiling = torch.compiler.is_compiling()
+    if bias is None and not is_compiling and native.is_plain_call(x, weight) and wants_native(kernel):
+        return native.linear(x, weight, None)
     _check(x, weight, bias)
-    if torch.compiler.is_compiling():
+    if is_compiling:
         return _trace(x, weight, bias, kernel)
     return compute_linear(x, weight, bias, kernel)
 

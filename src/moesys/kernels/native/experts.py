@@ -12,14 +12,13 @@ from moesys.kernels.native.library import load_library
 from moesys.kernels.native.operands import (
     FLOAT32,
     ActivationBuffers,
-    new_padded,
+    new_inner_rows,
     pack_matrix,
     point,
     require_readable,
 )
 from moesys.kernels.native.row_sum import SumBuffers
 from moesys.kernels.native.structures import ExpertsCall
-from moesys.kernels.native.weight_format import WeightFormat, find_format
 from moesys.kernels.records import Activation, BankView, Rows, TokenSum
 
 _ACTIVATIONS = (Activation.SWIGLU, Activation.CLAMPED_SWIGLU, Activation.GELU, Activation.RELU)
@@ -47,9 +46,8 @@ def _compute(rows: Rows, view: BankView, sums: SumBuffers | None) -> Tensor:
     new_rows = torch.empty if view.covers_all else torch.zeros
     y_AD = new_rows(num_assignments, hidden, **FLOAT32)
     x = ActivationBuffers(rows.x_RD, view.gate_up_SFD)
-    inner_rows = ActivationBuffers(new_padded(num_assignments, inner, view.down_SDF), view.down_SDF)
-    if rows.x_RD.dtype is torch.bfloat16 and find_format(view.down_SDF) is WeightFormat.BF16:
-        inner_rows.add_halves()
+    inner_RF = new_inner_rows(num_assignments, inner, rows.x_RD.dtype, view.down_SDF)
+    inner_rows = ActivationBuffers(inner_RF, view.down_SDF)
     row_ids, offsets = rows.row_ids.contiguous(), rows.offsets.contiguous()
     slots = None if view.slot_of_expert is None else view.slot_of_expert.contiguous()
     gate_up_bias, down_bias = _widen(view.gate_up_bias_SF), _widen(view.down_bias_SD)

@@ -34,7 +34,7 @@ from moesys.kernels.native.weight_format import find_format
 from moesys.kernels.records import Weight
 
 _FUNCTIONS = (
-    ("moesys_linear", LinearCall, None),
+    ("moesys_linear", LinearCall, c_int),
     ("moesys_experts", ExpertsCall, c_int),
     ("moesys_product", ProductCall, c_int),
     ("moesys_sum_rows", RowSumCall, c_int),

@@ -43,32 +43,31 @@ class ActivationBuffers:
             self.record.rounded = start + sizes[0]
             self.record.scales = start + sizes[0] + sizes[1]
 
-    def add_halves(self) -> None:
-        """Makes room for the bfloat16 form, which the kernel fills, on CPUs that multiply it."""
-        if _multiplies_bf16():
-            self._rounded = torch.empty(self._values.shape, dtype=torch.bfloat16, device="cpu")
-            self.record.rounded = self._rounded.data_ptr()
-
 
 @cache
 def _multiplies_bf16() -> bool:
     return bool(load_library().moesys_multiplies_bf16())
 
 
-def new_padded(num_rows: int, columns: int, weight: Weight) -> Tensor:
-    """Rows that the kernel fills; zero beyond the columns where the weight's format pads."""
+def new_inner_rows(num_rows: int, columns: int, dtype: torch.dtype, weight: Weight) -> Tensor:
+    """Returns rows that the kernel fills and multiplies with ``weight``, for experts whose rows came in ``dtype``: zero
+    beyond the columns where the weight's format pads, bfloat16 where the CPU multiplies it, else float32."""
     if isinstance(weight, Int8Weight) and weight.values.shape[-1] != columns:
         return torch.zeros(num_rows, weight.values.shape[-1], **FLOAT32)
+    if dtype is torch.bfloat16 and find_format(weight) is WeightFormat.BF16 and _multiplies_bf16():
+        return torch.empty(num_rows, columns, dtype=dtype, device="cpu")
     return torch.empty(num_rows, columns, **FLOAT32)
 
 
 def pack_matrix(weight: Weight) -> Matrix:
-    values = weight.values if isinstance(weight, Int8Weight) else weight
-    scales = weight.scales if isinstance(weight, Int8Weight) else None
     form = find_format(weight)
     assert form is not None
+    values, scales = (
+        (weight.values, weight.scales.data_ptr()) if isinstance(weight, Int8Weight) else (weight, None)
+    )
     assert values.is_contiguous()
-    return Matrix(int(form), values.data_ptr(), point(scales), values.shape[-2], values.shape[-1])
+    *_, rows, columns = values.shape
+    return Matrix(form, values.data_ptr(), scales, rows, columns)
 
 
 def require_readable(dtype: torch.dtype, *tensors: Tensor | None) -> None:

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
 
 from moesys.kernels.fork import require_threads
+from moesys.kernels.formats import Int8Product, Int8Weight
 from moesys.kernels.native.library import load_library
-from moesys.kernels.native.operands import FLOAT32, ActivationBuffers, pack_matrix, point, require_readable
-from moesys.kernels.native.structures import Activations, LinearCall, Matrix, ProductCall
+from moesys.kernels.native.operands import require_readable
+from moesys.kernels.native.structures import LinearCall, ProductCall
 from moesys.kernels.native.weight_format import WeightFormat
 from moesys.kernels.records import Weight
 
+_F32, _BF16, _W8, _W8A8 = (int(form) for form in WeightFormat)
 
-def compute_linear(x_RK: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
-    """Computes x @ weight^T + bias in float32 for (rows, columns) float32 or bfloat16 ``x``."""
-    num_rows, num_columns = x_RK.shape[0], weight.shape[0]
-    x, w = ActivationBuffers(x_RK, weight), pack_matrix(weight)
-    y_RN = torch.empty(num_rows, num_columns, **FLOAT32)
-    bias_N = None if bias_N is None else bias_N.contiguous()
-    call = LinearCall(x.record, num_rows, w, point(bias_N), y_RN.data_ptr(), torch.get_num_threads())
-    load_library().moesys_linear(ctypes.byref(call))
-    return y_RN
+
+def compute_linear(x: Tensor, weight: Weight, bias_N: Tensor | None) -> Tensor:
+    """Computes x @ weight^T + bias for (..., columns) float32 or bfloat16 ``x``, in its dtype; sums are float32.
+
+    x, weight: contiguous. bias_N: contiguous float32.
+    """
+    if isinstance(weight, Int8Weight):
+        values, scales = weight.values, weight.scales.data_ptr()
+        form = _W8A8 if weight.product is Int8Product.W8A8 else _W8
+    else:
+        values, scales = weight, None
+        form = _BF16 if weight.dtype is torch.bfloat16 else _F32
+    *leading, columns = x.shape
+    num_outputs, stored_columns = values.shape
+    y = x.new_empty((*leading, num_outputs))
+    call = LinearCall(
+        x.data_ptr(), x.dtype is torch.bfloat16, math.prod(leading), columns,
+        form, values.data_ptr(), scales, num_outputs, stored_columns,
+        None if bias_N is None else bias_N.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if load_library().moesys_linear(ctypes.byref(call)):
+        raise MemoryError("the native product found no memory for rows in the format of its weights")
+    return y
 
 
 def fits_product(left: Tensor, right: Tensor, out: Tensor) -> bool:
@@ -44,9 +61,8 @@ def compute_product(left: Tensor, right: Tensor, out: Tensor, *, adds: bool) -> 
     threads = torch.get_num_threads()
     if right.stride(1) != 1:
         product = torch.empty_like(out) if adds else out
-        x = Activations(values=left.data_ptr(), columns=left.shape[1])
-        w = Matrix(int(WeightFormat.F32), right.data_ptr(), None, right.shape[1], right.shape[0])
-        call = LinearCall(x, left.shape[0], w, None, product.data_ptr(), threads)
+        w = (_F32, right.data_ptr(), None, right.shape[1], right.shape[0])
+        call = LinearCall(left.data_ptr(), 0, *left.shape, *w, None, product.data_ptr(), threads)
         load_library().moesys_linear(ctypes.byref(call))
         if adds:
             out.add_(product)

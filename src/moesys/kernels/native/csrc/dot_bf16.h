@@ -50,8 +50,7 @@ INLINE void dot_rows_pairs(const int rows, const uint16_t *const x[], const uint
   } else {
     sum_pairs(rows, 0, TILE_COLUMNS, x, w, columns, ahead, sums);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++) sum_lanes_of_4((const vec *)sums[i], result[i]);
+  sum_tile(rows, (const vec(*)[TILE_COLUMNS])sums, result);
 }
 
 static void dot_tile_pairs(int rows, const uint16_t *const x[], const uint16_t *const w[], int64_t columns,

@@ -103,8 +103,7 @@ INLINE void dot_rows_int8(const int rows, const int8_row x[], const int8_t *cons
   } else {
     sum_groups(rows, 0, TILE_COLUMNS, x, w, scales, groups, ahead, sums);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++) sum_lanes_of_4(sums[i], result[i]);
+  sum_tile(rows, sums, result);
 }
 
 static void dot_tile_int8(int rows, const int8_row x[], const int8_t *const w[], const float *const scales[],

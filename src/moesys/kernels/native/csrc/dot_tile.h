@@ -59,8 +59,7 @@ INLINE void CONCAT(dot_rows, FORMAT)(const int rows, const float *const x[], con
   } else {
     CONCAT(sum_products, FORMAT)(rows, 0, TILE_COLUMNS, x, w, columns, ahead, sums);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++) sum_lanes_of_4(sums[i], result[i]);
+  sum_tile(rows, sums, result);
 }
 
 static void CONCAT(dot_tile, FORMAT)(int rows, const float *const x[], const WEIGHT *const w[],

@@ -39,12 +39,6 @@ INLINE int64_t get_slot(const experts_call *c, int64_t expert) { return c->slots
 
 INLINE int has_gate(const experts_call *c) { return c->activation == SWIGLU || c->activation == CLAMPED_SWIGLU; }
 
-INLINE vec clamp(vec x, vec low, vec high) {
-  vec_i32 below = x < low, above = x > high;
-  x = (vec)((below & (vec_i32)low) | (~below & (vec_i32)x));
-  return (vec)((above & (vec_i32)high) | (~above & (vec_i32)x));
-}
-
 // gate and up rows to inner activations, in place of `up`.
 static void activate(const experts_call *c, int rows, int units, unit_rows gate, unit_rows up) {
   for (int i = 0; i < rows; i++) {
@@ -72,45 +66,67 @@ static void activate(const experts_call *c, int rows, int units, unit_rows gate,
   }
 }
 
-// Units [unit, unit + count) of up to TILE_ROWS assignments, products with biases.
-static void multiply_units(const experts_call *c, int64_t slot, int rows, const int64_t ids[], int64_t unit,
-                           int count, unit_rows gate, unit_rows up) {
-  int width = has_gate(c) ? TILE_COLUMNS / 2 : TILE_COLUMNS;
-  const float *bias = c->gate_up_bias ? c->gate_up_bias + slot * c->gate_up.rows : 0;
+// Units [unit, unit + count) of a tile's assignments, `width` of them at a time, half of the weight rows gates if that is
+// half of TILE_COLUMNS.
+INLINE void multiply_units(const experts_call *c, int64_t slot, const row_tile *x, int64_t unit, int count,
+                           const int width, unit_rows gate, unit_rows up) {
   for (int u = 0; u < count; u += width) {
     int64_t columns[TILE_COLUMNS];
     float result[TILE_ROWS][TILE_COLUMNS];
     for (int j = 0; j < TILE_COLUMNS; j++) {
       int64_t row = least(unit + u + j % width, unit + count - 1);
-      columns[j] = j < width && has_gate(c) ? row : has_gate(c) ? c->inner + row : row;
+      columns[j] = j < width ? row : c->inner + row;
     }
-    multiply_tile(&c->x, rows, ids, &c->gate_up, slot, columns, width, result);
-    for (int i = 0; i < rows; i++)
-      for (int j = 0; j < TILE_COLUMNS; j++) {
-        float *target = j < width && has_gate(c) ? gate[i] : up[i];
-        target[u + j % width] = result[i][j] + (bias ? bias[columns[j]] : 0.0f);
-      }
+    multiply_tile(x, &c->gate_up, slot, columns, width, result);
+    for (int i = 0; i < x->count; i++) {
+      if (width < TILE_COLUMNS) memcpy(gate[i] + u, result[i], 4 * width);
+      memcpy(up[i] + u, result[i] + TILE_COLUMNS - width, 4 * width);
+    }
   }
+}
+
+static void add_biases(const experts_call *c, int64_t slot, int rows, int64_t unit, int count, unit_rows gate,
+                       unit_rows up) {
+  const float *bias = c->gate_up_bias + slot * c->gate_up.rows + unit;
+  for (int i = 0; i < rows; i++)
+    for (int u = 0; u < count; u++) {
+      if (has_gate(c)) gate[i][u] += bias[u];
+      up[i][u] += bias[has_gate(c) ? c->inner + u : u];
+    }
+}
+
+// Stores units [unit, unit + count) of an assignment's inner activations as the down matrix wants them.
+static void store_inner(const experts_call *c, int64_t assignment, int64_t unit, int count, const float *values) {
+  const activations *inner = &c->inner_rows;
+  int64_t index = assignment * inner->columns + unit;
+#if MULTIPLIES_BF16
+  if (meets_halves(inner, &c->down)) {
+    store_bf16((uint16_t *)inner->rounded + index, values, count);
+    return;
+  }
+#endif
+  memcpy(inner->values + index, values, 4 * (size_t)count);
+  if (c->down.format != WEIGHT_W8A8) return;
+  memset(inner->values + index + count, 0, 4 * (size_t)(num_groups(count) * GROUP - count));
+  round_row(inner, assignment, unit, unit + count);
 }
 
 static void compute_inner(const experts_call *c, int64_t expert, int64_t unit, int count) {
   int64_t slot = get_slot(c, expert);
   for (int64_t a = c->offsets[expert]; a < c->offsets[expert + 1]; a += TILE_ROWS) {
     int rows = (int)least(TILE_ROWS, c->offsets[expert + 1] - a);
-    unit_rows gate = {{0}}, up = {{0}};
-    multiply_units(c, slot, rows, c->row_ids + a, unit, count, gate, up);
-    activate(c, rows, count, gate, up);
-    for (int i = 0; i < rows; i++) {
-      float *target = c->inner_rows.values + (a + i) * c->inner_rows.columns + unit;
-      memcpy(target, up[i], 4 * (size_t)count);
-#if MULTIPLIES_BF16
-      if (c->down.format == WEIGHT_BF16 && c->inner_rows.rounded)
-        store_bf16((uint16_t *)c->inner_rows.rounded + (a + i) * c->inner_rows.columns + unit, up[i], count);
-#endif
-      if (c->down.format != WEIGHT_W8A8) continue;
-      memset(target + count, 0, 4 * (size_t)(num_groups(count) * GROUP - count));
-      round_row(&c->inner_rows, a + i, unit, unit + count);
+    row_tile tile;
+    find_rows(&tile, &c->x, &c->gate_up, rows, c->row_ids + a);
+    unit_rows gate, up;
+    if (count % LANES) memset(gate, 0, sizeof gate), memset(up, 0, sizeof up);
+    if (has_gate(c)) {
+      multiply_units(c, slot, &tile, unit, count, TILE_COLUMNS / 2, gate, up);
+    } else {
+      multiply_units(c, slot, &tile, unit, count, TILE_COLUMNS, gate, up);
     }
+    if (c->gate_up_bias) add_biases(c, slot, rows, unit, count, gate, up);
+    activate(c, rows, count, gate, up);
+    for (int i = 0; i < rows; i++) store_inner(c, a + i, unit, count, up[i]);
   }
 }
 
@@ -121,15 +137,19 @@ static void compute_outer(const experts_call *c, int64_t expert, int64_t column,
     int rows = (int)least(TILE_ROWS, c->offsets[expert + 1] - a);
     int64_t ids[TILE_ROWS];
     for (int i = 0; i < rows; i++) ids[i] = a + i;
+    row_tile tile;
+    find_rows(&tile, &c->inner_rows, &c->down, rows, ids);
     for (int64_t j = column; j < column_end; j += TILE_COLUMNS) {
       int64_t columns[TILE_COLUMNS];
       float result[TILE_ROWS][TILE_COLUMNS];
       for (int n = 0; n < TILE_COLUMNS; n++) columns[n] = least(j + n, column_end - 1);
-      multiply_tile(&c->inner_rows, rows, ids, &c->down, slot, columns, TILE_COLUMNS, result);
+      multiply_tile(&tile, &c->down, slot, columns, TILE_COLUMNS, result);
       int width = (int)least(TILE_COLUMNS, column_end - j);
-      for (int i = 0; i < rows; i++)
-        for (int n = 0; n < width; n++)
-          c->y[(a + i) * hidden + j + n] = result[i][n] + (bias ? bias[j + n] : 0.0f);
+      for (int i = 0; i < rows; i++) {
+        if (bias)
+          for (int n = 0; n < width; n++) result[i][n] += bias[j + n];
+        memcpy(c->y + (a + i) * hidden + j, result[i], 4 * (size_t)width);
+      }
     }
   }
 }

@@ -74,55 +74,77 @@ static void round_row(const activations *a, int64_t row, int64_t begin, int64_t 
   }
 }
 
-// Rounds all rows; a few of them sooner than threads can be woken.
+// Numbers that are handled sooner than threads can be woken.
+#define FEW_NUMBERS (1 << 15)
+
 static void round_rows(const activations *a, int64_t rows, int threads) {
-  const int64_t few = 1 << 15;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * a->columns > few)
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * a->columns > FEW_NUMBERS)
   for (int64_t row = 0; row < rows; row++) round_row(a, row, 0, a->columns);
 }
 
-// Multiplies up to TILE_ROWS activation rows (given by index) with four rows of matrix `slot`. The next tile's rows are
-// `step` rows further on.
-INLINE void multiply_tile(const activations *a, int rows, const int64_t row_ids[], const matrix *m, int64_t slot,
-                          const int64_t columns[TILE_COLUMNS], int step, float result[][TILE_COLUMNS]) {
-  int64_t groups = num_groups(m->columns), ahead = step * m->columns;
-  const float *x[TILE_ROWS], *scales[TILE_COLUMNS] = {0};
-  for (int i = 0; i < rows; i++) x[i] = a->values + row_ids[i] * a->columns;
-  int64_t offsets[TILE_COLUMNS];
-  for (int j = 0; j < TILE_COLUMNS; j++) {
-    int64_t row = slot * m->rows + columns[j];
-    offsets[j] = row * m->columns;
-    if (m->scales) scales[j] = m->scales + row * groups;
+// Up to TILE_ROWS rows of activations in the form in which they meet a matrix.
+typedef struct {
+  int count, are_halves;
+  const float *wide[TILE_ROWS];
+  const uint16_t *halves[TILE_ROWS];
+  int8_row bytes[TILE_ROWS];
+} row_tile;
+
+// Whether bfloat16 activations meet the matrix as they are.
+INLINE int meets_halves(const activations *a, const matrix *m) {
+  return MULTIPLIES_BF16 && m->format == WEIGHT_BF16 && a->rounded;
+}
+
+// Finds the rows of `ids`, once for all the weights that they are multiplied with.
+INLINE void find_rows(row_tile *tile, const activations *a, const matrix *m, int count, const int64_t ids[]) {
+  int64_t groups = num_groups(m->columns);
+  tile->count = count;
+  tile->are_halves = meets_halves(a, m);
+  for (int i = 0; i < count; i++) {
+    if (m->format == WEIGHT_W8A8) {
+      int64_t index = ids[i] * groups;
+      tile->bytes[i] =
+          (int8_row){(const int8_t *)a->rounded + index * GROUP, a->scales + index, a->corrections + index * 16};
+    } else if (tile->are_halves) {
+      tile->halves[i] = (const uint16_t *)a->rounded + ids[i] * a->columns;
+    } else {
+      tile->wide[i] = a->values + ids[i] * a->columns;
+    }
   }
+}
+
+// Multiplies a tile of rows with four rows of matrix `slot`. The next four are `step` rows further on.
+INLINE void multiply_tile(const row_tile *x, const matrix *m, int64_t slot, const int64_t columns[TILE_COLUMNS],
+                          int step, float result[][TILE_COLUMNS]) {
+  int64_t groups = num_groups(m->columns), ahead = step * m->columns, offsets[TILE_COLUMNS];
+#pragma GCC unroll 4
+  for (int j = 0; j < TILE_COLUMNS; j++) offsets[j] = (slot * m->rows + columns[j]) * m->columns;
   if (m->format == WEIGHT_F32) {
     const float *w[TILE_COLUMNS];
     for (int j = 0; j < TILE_COLUMNS; j++) w[j] = (const float *)m->values + offsets[j];
-    dot_tile_f32(rows, x, w, m->columns, ahead, result);
+    dot_tile_f32(x->count, x->wide, w, m->columns, ahead, result);
   } else if (m->format == WEIGHT_BF16) {
     const uint16_t *w[TILE_COLUMNS];
     for (int j = 0; j < TILE_COLUMNS; j++) w[j] = (const uint16_t *)m->values + offsets[j];
 #if MULTIPLIES_BF16
-    if (a->rounded) {
-      const uint16_t *halves[TILE_ROWS];
-      for (int i = 0; i < rows; i++) halves[i] = (const uint16_t *)a->rounded + row_ids[i] * a->columns;
-      dot_tile_pairs(rows, halves, w, m->columns, ahead, result);
+    if (x->are_halves) {
+      dot_tile_pairs(x->count, x->halves, w, m->columns, ahead, result);
       return;
     }
 #endif
-    dot_tile_bf16(rows, x, w, m->columns, ahead, result);
+    dot_tile_bf16(x->count, x->wide, w, m->columns, ahead, result);
   } else {
     const int8_t *w[TILE_COLUMNS];
-    for (int j = 0; j < TILE_COLUMNS; j++) w[j] = (const int8_t *)m->values + offsets[j];
+    const float *scales[TILE_COLUMNS];
+    for (int j = 0; j < TILE_COLUMNS; j++) {
+      w[j] = (const int8_t *)m->values + offsets[j];
+      scales[j] = m->scales + (slot * m->rows + columns[j]) * groups;
+    }
     if (m->format == WEIGHT_W8) {
-      dot_tile_w8(rows, x, w, scales, groups, ahead, result);
-      return;
+      dot_tile_w8(x->count, x->wide, w, scales, groups, ahead, result);
+    } else {
+      dot_tile_int8(x->count, x->bytes, w, scales, groups, ahead, result);
     }
-    int8_row q[TILE_ROWS];
-    for (int i = 0; i < rows; i++) {
-      int64_t index = row_ids[i] * groups;
-      q[i] = (int8_row){(const int8_t *)a->rounded + index * GROUP, a->scales + index, a->corrections + index * 16};
-    }
-    dot_tile_int8(rows, q, w, scales, groups, ahead, result);
   }
 }
 

@@ -109,6 +109,13 @@ INLINE void store_i8(int8_t *target, vec v) {
 #endif
 }
 
+INLINE float widen_bf16(uint16_t half) {
+  uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // The first `count` elements, zeros behind them.
 INLINE vec load_head(const float *source, int count) {
   vec v = {0};
@@ -138,6 +145,13 @@ INLINE void store_bf16_head(uint16_t *target, vec v, int count) {
   vec_u16 halves = __builtin_convertvector((vec_u32)v >> 16, vec_u16);
 #endif
   memcpy(target, &halves, 2 * (size_t)count);
+}
+
+// Rounds the results of a tile to bfloat16.
+INLINE void round_tile(int rows, float result[][TILE_COLUMNS], uint16_t *halves) {
+  int count = rows * TILE_COLUMNS, i = 0;
+  for (; i + LANES <= count; i += LANES) store_bf16_head(halves + i, round_to_bf16(load(result[0] + i)), LANES);
+  if (i < count) store_bf16_head(halves + i, round_to_bf16(load_head(result[0] + i, count - i)), count - i);
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -177,12 +191,52 @@ INLINE void sum_lanes_of_4(const vec v[4], float result[4]) {
 #endif
 }
 
+// Numbers between two bounds; NaN stays NaN.
+INLINE vec clamp(vec x, vec low, vec high) {
+#if LANES == 16
+  return (vec)_mm512_max_ps((__m512)low, _mm512_min_ps((__m512)high, (__m512)x));
+#else
+  vec_i32 below = x < low, above = x > high;
+  x = (vec)((below & (vec_i32)low) | (~below & (vec_i32)x));
+  return (vec)((above & (vec_i32)high) | (~above & (vec_i32)x));
+#endif
+}
+
+// Adds the lanes of the sums of `rows` rows by four weight rows.
+INLINE void sum_tile(const int rows, const vec sums[][TILE_COLUMNS], float result[][TILE_COLUMNS]) {
+  int i = 0;
+#if LANES == 16
+#pragma GCC unroll 2
+  for (; i + 4 <= rows; i += 4) {
+    // The tree of `sum_lanes_of_4` for sixteen at once: halves, quarters, pairs, then neighbours.
+    vec halves[8], quarters[4], pairs[2];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        vec a = sums[i + 2 * h][j], b = sums[i + 2 * h + 1][j];
+        halves[2 * j + h] = (vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) +
+                            (vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
+      }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+      quarters[j] = (vec)_mm512_shuffle_f32x4((__m512)halves[2 * j], (__m512)halves[2 * j + 1], 0x88) +
+                    (vec)_mm512_shuffle_f32x4((__m512)halves[2 * j], (__m512)halves[2 * j + 1], 0xdd);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++)
+      pairs[h] = (vec)_mm512_shuffle_ps((__m512)quarters[2 * h], (__m512)quarters[2 * h + 1], 0x44) +
+                 (vec)_mm512_shuffle_ps((__m512)quarters[2 * h], (__m512)quarters[2 * h + 1], 0xee);
+    store(result[i], (vec)_mm512_shuffle_ps((__m512)pairs[0], (__m512)pairs[1], 0x88) +
+                         (vec)_mm512_shuffle_ps((__m512)pairs[0], (__m512)pairs[1], 0xdd));
+  }
+#endif
+#pragma GCC unroll 8
+  for (; i < rows; i++) sum_lanes_of_4(sums[i], result[i]);
+}
+
 // exp(x) to about 1 ulp in float32, infinite from 88.4 on: 2^n times a polynomial on [-ln2/2, ln2/2] (coefficients of Cephes' expf).
 INLINE vec exp_vec(vec x) {
-  const vec largest = splat(89.0f), smallest = splat(-87.0f);
-  vec_i32 above = x > largest, below = x < smallest;
-  x = (vec)((above & (vec_i32)largest) | (~above & (vec_i32)x));
-  x = (vec)((below & (vec_i32)smallest) | (~below & (vec_i32)x));
+  x = clamp(x, splat(-87.0f), splat(89.0f));
   const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vec n = (x * 1.44269504088896341f + rounder) - rounder;
   vec r = x - n * 0.693359375f;
