@@ -9,7 +9,7 @@ from moesys.planning.ceilings import WeightFormat
 from moesys.planning.disk_rate import DiskRate, ReadPattern
 from moesys.planning.machine import Disk, Machine
 from moesys.planning.machine_profile import MachineProfile, Overlap
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 MIB = 2**20
 GIGA = 10**9

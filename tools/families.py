@@ -45,6 +45,19 @@ logits overflow in it. Quantised weights are decoded when they are loaded:
 _TAIL = """
 Any other `quant_method` is refused by its name.
 
+## Long contexts
+
+`rope_type` `default`, `linear`, `llama3` and `yarn` turn a key by its position alone, and run up to the length that
+they are stretched to. Two kinds turn it by the length of the sequence as well:
+
+- **`longrope`** (PhiMoE) runs up to the original context, with its short factors. For longer sequences it turns all
+  keys by its long factors, also those that a cache holds already. transformers then computes the cache anew when a
+  text grows past that length, and a prompt that is read in pieces gets a mixture; a sequence that needs more positions
+  is refused here.
+- **`dynamic`** is refused. Its frequencies change with every token beyond the original context, and in transformers
+  they are those of the pass that a token came in: the same text gives other logits in one pass, in pieces and token by
+  token, so there is nothing to be equal to.
+
 ## Refused by name
 
 | `model_type` | why |

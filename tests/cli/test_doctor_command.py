@@ -6,23 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from command_calls import Call
 
 from made_profiles import make_profile
 from moesys.cli import profiles
-from moesys.cli.doctor import doctor
 from moesys.planning import environment
 from moesys.planning.machine_profile import find_profile_path, read_profiles
 from moesys.planning.measure import DiskTrial, measure_machine
 
 
 @pytest.fixture(autouse=True)
-def _commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(doctor)
-    app.command()(lambda: None)
-    monkeypatch.setattr("moesys.cli.app.app", app)
+def _own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MOESYS_CACHE", str(tmp_path / "cache"))
 
 

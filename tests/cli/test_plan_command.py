@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from command_calls import Answer, Call
 
 from family_keys import FAMILY_KEYS
 from made_profiles import make_profile
 from model_folders import write_model, write_sparse_model
 from moesys.cli import profiles
-from moesys.cli.inspect import inspect
-from moesys.cli.plan import plan
 from moesys.models import DecoderConfig
 from moesys.moe.routing_log import RoutingLog
 from moesys.planning.machine import read_disk, read_machine
@@ -44,11 +41,7 @@ def count_step_bytes(
 
 
 @pytest.fixture(autouse=True)
-def _commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = typer.Typer()
-    app.command()(plan)
-    app.command()(inspect)
-    monkeypatch.setattr("moesys.cli.app.app", app)
+def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesys.cli.inspect_sizing.compute_step_bytes", count_step_bytes)
     monkeypatch.setattr("moesys.cli.inspect_sizing.read_device_bytes", lambda: None)
     monkeypatch.setattr("moesys.cli.inspect_sizing.read_ram_bytes", lambda: 64 * 2**30)

@@ -22,7 +22,7 @@ from moesys.planning.cost import (
     slow_down,
 )
 from moesys.planning.machine_profile import Overlap, ReadWay
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 BF16 = WeightFormat.BF16
 RATES = StepRates(memory_bytes_per_s=100.0, flops_per_s=1000.0, disk_bytes_per_s=10.0)

@@ -11,7 +11,7 @@ import pytest
 
 from moesys.planning.disk_rate import DiskReader, ReadPattern
 from moesys.planning.probe_file import ProbeFile
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 KIB = 1024
 
@@ -101,6 +101,21 @@ def test_an_error_of_the_disk_is_the_callers_and_stops_the_other_threads(probe: 
 
     with pytest.raises(OSError, match="Input/output error"):
         DiskReader(probe, ReadPattern(ReadMode.BUFFERED, 4 * KIB, 4), read_at=fail).measure(60.0)
+
+
+def test_one_thread_that_fails_stops_the_others(probe: ProbeFile) -> None:
+    """The first request fails; the other thread would go on for a minute."""
+    disk = FakeDisk()
+
+    def read_at(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset == 0:
+            raise OSError(5, "Input/output error")
+        return disk.read_at(descriptor, buffers, offset)
+
+    pattern = ReadPattern(ReadMode.DIRECT, 4 * KIB, 2, is_sequential=True)
+    reader = DiskReader(probe, pattern, read_at=read_at, clock=disk.clock)
+    with pytest.raises(OSError, match="Input/output error"):
+        reader.measure(1e12)
 
 
 def test_a_reader_that_is_stopped_ends(probe: ProbeFile) -> None:

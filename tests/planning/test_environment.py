@@ -12,7 +12,7 @@ from made_profiles import DISK, GIGA, MACHINE, make_profile, make_rate
 from moesys.planning import environment
 from moesys.planning.environment import Environment, list_advice, read_environment
 from moesys.planning.machine import Disk
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 GOOD = Environment(
     machine=MACHINE,

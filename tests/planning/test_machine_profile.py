@@ -18,7 +18,7 @@ from moesys.planning.machine_profile import (
     read_profiles,
     save_profile,
 )
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 BUFFERED, DIRECT = ReadMode.BUFFERED, ReadMode.DIRECT
 

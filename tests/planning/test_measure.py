@@ -24,7 +24,7 @@ from moesys.planning.measure import (
     measure_overlap,
 )
 from moesys.planning.probe_file import ProbeFile
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 KIB = 1024
 SMALL = DiskTrial(

@@ -25,7 +25,7 @@ from moesys.planning.plan import (
     describe_rate,
     make_plan,
 )
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 GIB = 2**30
 EXPERT = 12 * MIB

@@ -12,7 +12,7 @@ import pytest
 from moesys.errors import ConfigError, DiskSpaceError
 from moesys.planning import probe_file
 from moesys.planning.probe_file import open_probe_file
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 SIZE = 96 * 1024
 

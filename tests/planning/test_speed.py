@@ -13,7 +13,7 @@ from moesys.planning.cost import Bound
 from moesys.planning.machine_profile import ReadWay
 from moesys.planning.miss_rates import UniformMisses, count_misses
 from moesys.planning.speed import SpeedModel
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 EXPERT = 4_000_000
 LAYER = RoutedLayer(64, 8, EXPERT, 2.0 * 8 * EXPERT / 2)

@@ -5,23 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moesys.errors import ShapeError
-from moesys.models.attention import AttentionConfig, QKNorm
-from moesys.models.latent_attention import LatentAttentionConfig
-from moesys.models.mixer import CachedTensor, MixerConfig
+from moesys.models.mixer import MixerConfig
 from moesys.models.norm import NormConfig
-from moesys.models.visible_keys import compute_mean_visible_keys
 from moesys.moe import MoEConfig
-
-__all__ = [
-    "AttentionConfig",
-    "CachedTensor",
-    "DecoderConfig",
-    "DenseConfig",
-    "LatentAttentionConfig",
-    "MixerConfig",
-    "QKNorm",
-    "compute_mean_visible_keys",
-]
 
 
 @dataclass(frozen=True)

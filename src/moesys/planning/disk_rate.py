@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from moesys.planning.probe_file import ProbeFile
-from moesys.store.open_files import ReadAt, ReadMode, read_vector
+from moesys.store import ReadMode
+from moesys.store.open_files import ReadAt, read_vector
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moesys.errors import ConfigError
 from moesys.planning.ceilings import WeightFormat
 from moesys.planning.disk_rate import DiskRate
 from moesys.planning.machine import Disk, Machine
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 _FORMAT = "moesys-machine"
 _VERSION = 1

@@ -24,7 +24,7 @@ from moesys.planning.layer_overhead import measure_layer_overhead
 from moesys.planning.machine import read_disk, read_machine
 from moesys.planning.machine_profile import MachineProfile, Overlap, choose_best
 from moesys.planning.probe_file import DEFAULT_BYTES, ProbeFile, open_probe_file
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 
 Progress = Callable[[int, int, str], None]
 """Gets how many measurements are done, how many there are, and what is measured next."""

@@ -18,7 +18,7 @@ from moesys.planning.machine_profile import MachineProfile
 from moesys.planning.miss_rates import MissRates, UniformMisses
 from moesys.planning.placement import Placement, TierPlacement, compute_reserve, place
 from moesys.planning.speed import Prediction, SpeedModel
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 from moesys.units import format_bytes
 
 PASS_TOKENS = (512, 1024, 2048, 4096)

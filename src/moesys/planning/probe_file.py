@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moesys.errors import ConfigError, DiskSpaceError
-from moesys.store.open_files import ReadMode
+from moesys.store import ReadMode
 from moesys.units import format_bytes
 
 DEFAULT_BYTES = 2**30

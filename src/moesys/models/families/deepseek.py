@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from moesys.errors import ModelFormatError
-from moesys.models.config import DecoderConfig, DenseConfig, LatentAttentionConfig, QKNorm
+from moesys.models.attention import QKNorm
+from moesys.models.config import DecoderConfig, DenseConfig
 from moesys.models.families.family import Family, require
 from moesys.models.families.keys import (
     FeedForwards,
@@ -27,6 +28,7 @@ from moesys.models.families.keys import (
 )
 from moesys.models.families.qwen import NORMALIZATIONS
 from moesys.models.families.rope_keys import read_rope, write_rope
+from moesys.models.latent_attention import LatentAttentionConfig
 from moesys.models.layout import Layout, MoELayout, SeparateExperts, StackedExperts
 from moesys.models.rope import RopeConfig, YarnScaling, compute_mscale
 from moesys.moe import GroupScore, MoEConfig, Normalization, Score

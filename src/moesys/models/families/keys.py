@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from moesys.errors import ModelFormatError
-from moesys.models.config import AttentionConfig, DecoderConfig, DenseConfig, MixerConfig
+from moesys.models.attention import AttentionConfig
+from moesys.models.config import DecoderConfig, DenseConfig
 from moesys.models.families.family import require
 from moesys.models.families.rope_keys import read_rope, write_rope
+from moesys.models.mixer import MixerConfig
 from moesys.models.norm import NormConfig
 from moesys.models.rope import RopeConfig
 from moesys.moe import MoEConfig

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesys.models.config import DecoderConfig, QKNorm
+from moesys.models.attention import QKNorm
+from moesys.models.config import DecoderConfig
 from moesys.models.families.family import Family, require
 from moesys.models.families.keys import (
     Keys,
