@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 from command_calls import Call
+
+from moesys.moe import RoutingLog
 
 TEXT = ("-p", "line 1 of file", "-n", "12", "--temperature", "0")
 
@@ -31,7 +34,7 @@ def test_a_budget_changes_no_text_and_says_what_is_where(model: Path, moesys_com
         assert answer.status == 0, answer.err
         assert answer.out == whole.out
         assert re.search(kept if "\\" in kept else re.escape(kept), answer.error)
-        assert re.search(r"KiB of weights resident, .* for keys and values of \d+ tokens, .* for a pass of", answer.error)
+        assert re.search(r"KiB of weights resident, .* for keys and values of \d+ tokens", answer.error)
         assert re.search(r"% of \d+ expert uses found in memory, .* read from the disk", answer.error)
     assert "resident" not in whole.err
 
@@ -61,3 +64,69 @@ def test_budgets_that_cannot_be_kept_are_refused(
     assert answer.status == 1
     assert message in answer.error
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cpu-moe"], "--cpu-moe has no effect: it keeps weights off a GPU"),
+        (["--n-cpu-moe", "3"], "--n-cpu-moe has no effect: it keeps weights off a GPU"),
+        (["--cpu-offload-gb", "2"], "use --host-memory SIZE, within which experts are kept in RAM"),
+        (
+            ["--host-memory", "1GiB", "--device-memory", "2GiB"],
+            "--host-memory 1GiB and --device-memory 2GiB name the same RAM",
+        ),
+        (["--predict"], "--predict has no effect without --host-memory"),
+        (["--no-verify"], "--no-verify has no effect without --host-memory"),
+        (["--trace", "t.json"], "--trace has no effect without --host-memory"),
+        (["--offload-dir", "packed"], "--offload-dir has no effect without --host-memory"),
+        (["--product", "w4"], "--product ('w4') must be w8 or w8a8"),
+        (["--product", "w8a8"], "product w8a8 has no effect on the folder"),
+    ],
+)
+def test_options_that_mean_nothing_here_say_what_to_use(
+    options: list[str], message: str, model: Path, moesys_command: Call
+) -> None:
+    answer = moesys_command("generate", model, *TEXT, *options)
+    assert answer.status == 1
+    assert message in answer.error
+    assert not answer.out
+
+
+def test_what_a_run_within_a_budget_writes(model: Path, moesys_command: Call, tmp_path: Path) -> None:
+    names = {"trace": "t.json", "stats": "s.json", "record": "r.safetensors", "usage": "u.json"}
+    files = {name: tmp_path / file for name, file in names.items()}
+    options = [text for name, file in files.items() for text in (f"--{name}", file)]
+    answer = moesys_command("generate", model, *TEXT, "--host-memory", "90%", "--predict", *options)
+    assert answer.status == 0, answer.err
+    assert answer.out == moesys_command("generate", model, *TEXT).out
+    stats = json.loads(files["stats"].read_text())
+    assert stats["decode"]["num_tokens"] == 11
+    assert 0 < stats["policy_share"] <= 1
+    assert stats["prefill"]["disk_bytes_per_token"] > 0
+    assert stats["guesses"]["num_guessed"] >= stats["guesses"]["num_right"]
+    events = json.loads(files["trace"].read_text())["traceEvents"]
+    assert {event["cat"] for event in events if event["ph"] == "X"} >= {"experts", "reading"}
+    uses = json.loads(files["usage"].read_text())["counts"]
+    log = RoutingLog.read(files["record"])
+    assert sum(count for *_, count in uses) == sum(map(len, log.demands()))
+    assert log.num_steps == 12
+    again = moesys_command("generate", model, *TEXT, "--host-memory", "90%", "--usage", files["usage"])
+    assert again.out == answer.out
+    assert moesys_command("bench", "cache", files["record"]).status == 0
+
+
+def test_an_offload_folder_holds_one_packed_copy(model: Path, moesys_command: Call, tmp_path: Path) -> None:
+    options = ("--host-memory", "90%", "--offload-dir", tmp_path / "packed")
+    whole = moesys_command("generate", model, *TEXT)
+    first = moesys_command("generate", model, *TEXT, *options)
+    (packed,) = (tmp_path / "packed").iterdir()
+    written = packed.stat().st_mtime_ns
+    assert moesys_command("generate", model, *TEXT, *options).out == first.out == whole.out
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "packed").iterdir()] == [written]
+    int8 = tmp_path / "int8.safetensors"
+    assert moesys_command("pack", model, "--to", int8, "--dtype", "int8").status == 0
+    for product in ("w8", "w8a8"):
+        answer = moesys_command("generate", int8, *TEXT, "--host-memory", "90%", "--product", product)
+        assert answer.status == 0, answer.err
+        assert answer.out == moesys_command("generate", int8, *TEXT, "--product", product).out

@@ -66,7 +66,9 @@ def test_a_traced_source_changes_nothing_and_tells_all(tmp_path: Path) -> None:
     trace.name_sections(SECTIONS)
     source = _TwoViews(ResidentSource({i: layer.experts for i, layer in enumerate(layers)}))
     execution = Execution(LocalDispatcher(), TracedSource(source, trace))
-    plain = Execution(LocalDispatcher(), _TwoViews(ResidentSource({i: layer.experts for i, layer in enumerate(layers)})))
+    plain = Execution(
+        LocalDispatcher(), _TwoViews(ResidentSource({i: layer.experts for i, layer in enumerate(layers)}))
+    )
     with torch.no_grad():
         for _ in range(2):
             for layer in layers:

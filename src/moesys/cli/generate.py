@@ -39,7 +39,7 @@ def generate(
     batch: Annotated[
         Path | None,
         typer.Option(
-            help='Continue many texts: a file of lines such as {"prompt": "..."}; "id" and "max_new_tokens" may follow.',
+            help='Continue many texts: a file of lines like {"prompt": "..."}; "id" and "max_new_tokens" may follow.',
             show_default=False,
             rich_help_panel=_BATCH_PANEL,
         ),

@@ -57,8 +57,8 @@ def plan_prompts(
 def describe_settings(
     model: Path, max_new_tokens: int | None, sampling: SamplingParams, stop: Sequence[str], dtype: str | None
 ) -> dict[str, Any]:
-    """Returns, as JSON values, all that the text of a prompt depends on beside itself; budgets and the number of texts at
-    once are no part of it."""
+    """Returns, as JSON values, all that the text of a prompt depends on beside itself: neither budgets nor how many texts
+    are written at once."""
     return {
         "model": _digest_files(model),
         "dtype": dtype,

@@ -96,7 +96,7 @@ class DiskReader:
                 with self._lock:
                     offset, num_bytes = next(self._pieces)
                 with buffer[:num_bytes] as piece:
-                    count = self._read_at(descriptor, [piece], offset)
+                    count = self._read_piece(descriptor, piece, offset)
                 if self._pattern.mode is ReadMode.BUFFERED and hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
                 with self._lock:
@@ -104,6 +104,14 @@ class DiskReader:
                     self._last = self._clock()
                     if self._is_stopped or self._last >= deadline:
                         return
+
+    def _read_piece(self, descriptor: int, piece: memoryview, offset: int) -> int:
+        try:
+            return self._read_at(descriptor, [piece], offset)
+        except OSError:
+            # The other threads shall not go on until their time is over.
+            self._is_stopped = True
+            raise
 
 
 def _list_pieces(pattern: ReadPattern, num_bytes: int) -> Iterator[tuple[int, int]]:

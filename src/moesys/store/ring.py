@@ -80,7 +80,7 @@ class Ring:
         may leave."""
         index = self._group_of[key]
         staying = self._staying[index]
-        if key in staying:
+        if self._group is None or key in staying:
             return
         if len(staying) < self._quotas[index]:
             staying.add(key)
