@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     __version__: str
     from moesys.errors import MoesysError
-    from moesys.inference import Engine
+    from moesys.inference import Engine, load
     from moesys.moe import MoEConfig, MoELayer
 
 _HOMES = {
@@ -19,9 +19,10 @@ _HOMES = {
     "MoEConfig": "moesys.moe",
     "MoELayer": "moesys.moe",
     "MoesysError": "moesys.errors",
+    "load": "moesys.inference",
 }
 
-__all__ = ["Engine", "MoEConfig", "MoELayer", "MoesysError", "__version__"]
+__all__ = ["Engine", "MoEConfig", "MoELayer", "MoesysError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:

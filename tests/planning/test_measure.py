@@ -182,7 +182,7 @@ def test_a_kernels_rate_is_weights_over_seconds(
 
     monkeypatch.setattr(ceilings, "linear", record)
     num_bytes = {WeightFormat.FP32: 16384, WeightFormat.BF16: 8192, WeightFormat.INT8: 4352}[weight_format]
-    assert ceilings.measure_weight_read_rate(weight_format) == 8 * num_bytes / 0.5
-    assert calls == [((1, 64), num_bytes)] * 8
+    assert ceilings.measure_weight_read_rate(weight_format) == ceilings._NUM_WEIGHTS * num_bytes / 0.5
+    assert calls == [((1, 64), num_bytes)] * ceilings._NUM_WEIGHTS
     assert ceilings.measure_linear_rate(weight_format) == 2 * 128 * 64 * 64 / 0.5
     assert calls[-1] == ((128, 64), num_bytes)

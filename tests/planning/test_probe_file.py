@@ -80,10 +80,14 @@ def test_the_largest_file_of_a_folder_is_read_if_it_is_large(
     (tmp_path / "small").write_bytes(bytes(1999))
     with open_probe_file(tmp_path, SIZE) as probe:
         assert "made in" in probe.name
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(2**20)
+    with open_probe_file(tmp_path, SIZE) as probe:
+        assert "made in" in probe.name
     (tmp_path / "large").write_bytes(bytes(3000))
     with open_probe_file(tmp_path, SIZE) as probe:
         assert (probe.name, probe.num_bytes) == (str(tmp_path / "large"), 3000)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "small"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["holes", "large", "small"]
 
 
 def test_a_file_that_is_named_is_read_whatever_its_size(tmp_path: Path) -> None:

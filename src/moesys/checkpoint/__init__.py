@@ -13,7 +13,8 @@ from moesys.checkpoint.model_writer import ExportedWeights, save_model
 from moesys.checkpoint.new_folder import require_new_folder, write_new_folder
 from moesys.checkpoint.nonfinite import NonFinite, WeightCheck
 from moesys.checkpoint.offloaded import OffloadedWeights, open_weights
-from moesys.checkpoint.packing import pack_model
+from moesys.checkpoint.packed_form import PackedForm, quantize_modules
+from moesys.checkpoint.packing import PackedModel, pack_model
 from moesys.checkpoint.parts import Part
 from moesys.checkpoint.run_checkpoint import (
     RunState,
@@ -44,6 +45,8 @@ __all__ = [
     "ModelSource",
     "NonFinite",
     "OffloadedWeights",
+    "PackedForm",
+    "PackedModel",
     "Part",
     "PartSize",
     "RunState",
@@ -65,6 +68,7 @@ __all__ = [
     "open_weights",
     "pack_model",
     "parse_dtype",
+    "quantize_modules",
     "read_inventory",
     "read_layout",
     "read_text_tools",

@@ -6,7 +6,7 @@ from moesys.inference.engine import Engine, SequenceStep
 from moesys.inference.generate import Generation, GenerationStats, Stop, generate
 from moesys.inference.offload import OffloadedModel, load_offloaded
 from moesys.inference.offload_plan import OffloadRequest
-from moesys.inference.open_model import OpenModel, open_model
+from moesys.inference.open_model import OpenModel, load, open_model
 from moesys.inference.packed_copy import find_packed_copy
 from moesys.inference.run_report import RunMeter, RunReport, describe_traffic
 from moesys.inference.sampling import SamplingParams
@@ -36,6 +36,7 @@ __all__ = [
     "draw_timeline",
     "find_packed_copy",
     "generate",
+    "load",
     "load_offloaded",
     "open_model",
     "require_drawing",

@@ -57,7 +57,7 @@ def plan_prompts(
 def describe_settings(
     model: Path, max_new_tokens: int | None, sampling: SamplingParams, stop: Sequence[str], dtype: str | None
 ) -> dict[str, Any]:
-    """Returns, as JSON values, all that the text of a prompt depends on beside itself: neither budgets nor how many texts
+    """Returns, as JSON values, all that a prompt's text depends on beside itself: neither budgets nor how many texts
     are written at once."""
     return {
         "model": _digest_files(model),

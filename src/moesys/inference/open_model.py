@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesys.checkpoint import load_text_model, read_text_tools
+from moesys.checkpoint import load_text_model, read_text_tools, resolve_model
 from moesys.data import Tokenizer
 from moesys.errors import IneffectiveOptionError
+from moesys.inference.continuation import Stop
 from moesys.inference.engine import Engine
-from moesys.inference.generate import PREFILL_TOKENS
+from moesys.inference.generate import PREFILL_TOKENS, Generation, generate
 from moesys.inference.offload import OffloadedModel, load_offloaded
 from moesys.inference.offload_plan import OffloadRequest
+from moesys.inference.sampling import SamplingParams
 from moesys.inference.trace import Trace
 from moesys.kernels import Int8Product
 
@@ -31,6 +33,56 @@ class OpenModel:
     stop_ids: frozenset[int]
     prefill_tokens: int = PREFILL_TOKENS
     offloaded: OffloadedModel | None = None
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Continues a text. Iterate over the result for pieces of text.
+
+        max_new_tokens: None writes 128, or fewer where the model's context leaves less. stop: the text ends before the
+        first of these strings. Raises `GenerationError` for what cannot be done.
+        """
+        return generate(
+            self.engine,
+            self.tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=Stop(stop, self.stop_ids),
+            prefill_tokens=self.prefill_tokens,
+        )
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | None = None,
+    host_memory: str | None = None,
+    context: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> AbstractContextManager[OpenModel]:
+    """Opens a model for writing text: ``with moesys.load("org/model") as model: print(*model.generate("Once"))``.
+
+    model:        a folder in Hugging Face layout, a packed file, or ``org/model[@revision]`` on the hub.
+    dtype:        ``fp32``, ``bf16`` or None for the stored one.
+    host_memory:  RAM to run within, such as ``8GiB`` or ``50%`` of the weights; None holds all weights.
+    context:      tokens of a text at most, for which a budget has room; None for the model's full context.
+    on_progress:  gets (bytes read, bytes to read).
+
+    Raises `MoesysError` for a model or a budget that cannot be used.
+    """
+    path = model if isinstance(model, Path) else resolve_model(model).folder
+    request = None if host_memory is None else OffloadRequest(host_memory, context, batch_size=1)
+    if context is not None and request is None:
+        raise IneffectiveOptionError(
+            f"context ({context}) has no effect without host_memory: keys and values grow as they are needed; drop it"
+        )
+    return open_model(path, dtype=dtype, request=request, on_progress=on_progress)
 
 
 @contextmanager

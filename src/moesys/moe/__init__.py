@@ -10,7 +10,7 @@ from moesys.moe.execution import Execution
 from moesys.moe.expert_key import ExpertKey
 from moesys.moe.layer import MoELayer
 from moesys.moe.layers import find_layers, make_resident_source
-from moesys.moe.linear import Linear
+from moesys.moe.linear import Linear, QuantizedLinear, quantize_linear
 from moesys.moe.losses import (
     BalanceScope,
     compute_balance_loss,
@@ -25,7 +25,7 @@ from moesys.moe.routing import Routing
 from moesys.moe.routing_log import RoutingLog, RoutingRecorder
 from moesys.moe.score import Score
 from moesys.moe.selection import GroupLimitedTopK, GroupScore, Selection, Threshold, TopK
-from moesys.moe.slot_layout import PlainLayout, SlotLayout
+from moesys.moe.slot_layout import Int8Layout, PlainLayout, SlotLayout
 from moesys.moe.source import (
     Bank,
     ExpertBank,
@@ -59,6 +59,7 @@ __all__ = [
     "ExpertSource",
     "GroupLimitedTopK",
     "GroupScore",
+    "Int8Layout",
     "LastIteration",
     "Linear",
     "LoadMeter",
@@ -73,6 +74,7 @@ __all__ = [
     "PredictionScore",
     "Predictor",
     "QuantizedBank",
+    "QuantizedLinear",
     "ResidentSource",
     "Router",
     "Routing",
@@ -99,4 +101,5 @@ __all__ = [
     "find_layers",
     "make_resident_source",
     "quantize_bank",
+    "quantize_linear",
 ]

@@ -20,8 +20,8 @@ _READ_BYTES = 2**30
 _NUM_READS = 8
 _WEIGHT_BYTES = 2**29
 """Of distinct weights that a row passes through: more than caches hold."""
-_NUM_WEIGHTS = 8
-"""Of them that are timed together."""
+_NUM_WEIGHTS = 32
+"""Of them that are timed together, long enough that no lucky moment is taken for the rate."""
 _NUM_ROWS = 128
 """Of a product of many tokens: about what an expert gets of a prompt's pass."""
 

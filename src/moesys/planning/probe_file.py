@@ -54,8 +54,8 @@ class ProbeFile:
 
 @contextmanager
 def open_probe_file(path: Path, num_bytes: int = DEFAULT_BYTES) -> Iterator[ProbeFile]:
-    """Opens ``path`` if it is a file, else the largest file in that folder if that is large enough, else a new one of
-    ``num_bytes`` there, which is gone afterwards.
+    """Opens ``path`` if it is a file, else the largest file in that folder if that is large enough and really lies on
+    the disk, else a new one of ``num_bytes`` there, which is gone afterwards.
 
     Raises `ConfigError` where ``path`` does not exist, `DiskSpaceError` where the disk has no room, and `OSError`.
     """
@@ -77,7 +77,13 @@ def open_probe_file(path: Path, num_bytes: int = DEFAULT_BYTES) -> Iterator[Prob
 
 
 def _find_large_file(folder: Path) -> Path | None:
-    sizes = {file: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    """Returns the largest file that is no mere outline: holes are read at the speed of memory."""
+    files = {file: file.stat() for file in folder.iterdir() if file.is_file()}
+    sizes = {
+        file: status.st_size
+        for file, status in files.items()
+        if status.st_blocks * 512 >= status.st_size // 2
+    }
     largest = max(sizes, key=sizes.__getitem__, default=None)
     return largest if largest is not None and sizes[largest] >= _FAIR_BYTES else None
 

@@ -20,9 +20,10 @@ class WeightFormat(IntEnum):
 
 
 _OF_DTYPE = {torch.float32: WeightFormat.F32, torch.bfloat16: WeightFormat.BF16}
-_OF_PRODUCT = {Int8Product.W8: WeightFormat.W8, Int8Product.W8A8: WeightFormat.W8A8}
 
 
 def find_format(weight: Weight) -> WeightFormat | None:
     """Returns the format of a weight, or None for one that the native kernels do not take."""
-    return _OF_PRODUCT[weight.product] if isinstance(weight, Int8Weight) else _OF_DTYPE.get(weight.dtype)
+    if isinstance(weight, Int8Weight):
+        return WeightFormat.W8A8 if weight.product is Int8Product.W8A8 else WeightFormat.W8
+    return _OF_DTYPE.get(weight.dtype)
