@@ -7,7 +7,7 @@ that depends on nothing but its own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,11 @@ class SequenceCache:
         ]
 
 
+BLOCK_TOKENS = 512
+"""Positions at whose multiples attention is cut, so that the bits of a prompt are the same in passes of any multiple of
+them: sums over keys depend on how many queries are computed together."""
+
+
 @dataclass(frozen=True)
 class Span:
     """The new tokens of one sequence in a flat step: rows [start, end), after ``past`` cached tokens."""
@@ -98,6 +103,15 @@ class Span:
         """Pages that the sequence lacks for its new tokens; negative where tokens were taken back."""
         return self.cache.count_missing_pages(self.stop)
 
+    def cut(self, num_tokens: int) -> Iterator[Span]:
+        """Yields the new tokens in pieces that end at multiples of ``num_tokens`` positions."""
+        past = self.past
+        while past < self.stop:
+            stop = min(self.stop, (past // num_tokens + 1) * num_tokens)
+            start = self.start + past - self.past
+            yield Span(self.cache, start, start + stop - past, past)
+            past = stop
+
     def find_first_visible(self, sliding_window: int | None) -> int:
         """Returns the first position that any of the new tokens sees."""
         return 0 if sliding_window is None else max(0, self.past + 1 - sliding_window)
@@ -116,7 +130,8 @@ class CachedAttend:
         runs = [run for span in spans for run in span.cache.find_runs(span.past, span.stop)]
         rows = [row for run in runs for row in range(run.start, run.stop)]
         self._rows = torch.tensor(rows, device=pool.device)
-        self._lone_rows = [span.start for span in spans if span.num_new == 1]
+        self._blocks = [block for span in spans for block in span.cut(BLOCK_TOKENS)]
+        self._lone_rows = [block.start for block in self._blocks if block.num_new == 1]
         self._states: list[dict[int, State]] = [{} for _ in spans]
         self._pieces: dict[int | None, list[list[Piece]]] = {}
         self._masks: dict[tuple[int, int | None], Tensor] = {}
@@ -129,10 +144,10 @@ class CachedAttend:
         keys = cached[0]
         values = keys[..., : rule.value_size] if v is None else cached[1]
         y_THD = q.new_empty(*q.shape[1:3], values.shape[2])
-        for span in self._spans:
-            if span.num_new > 1:
+        for block in self._blocks:
+            if block.num_new > 1:
                 own = None if v is None else values
-                y_THD[span.start : span.end] = self._attend_tokens(span, q, keys, own, rule)
+                y_THD[block.start : block.end] = self._attend_tokens(block, q, keys, own, rule)
         if self._lone_rows:
             self._attend_lone_tokens(y_THD, q, keys, values, rule)
         return y_THD[None]
@@ -165,9 +180,9 @@ class CachedAttend:
         """Returns what each lone token sees, found once per step."""
         if sliding_window not in self._pieces:
             self._pieces[sliding_window] = [
-                span.cache.find_pieces(span.find_first_visible(sliding_window), span.stop)
-                for span in self._spans
-                if span.num_new == 1
+                block.cache.find_pieces(block.find_first_visible(sliding_window), block.stop)
+                for block in self._blocks
+                if block.num_new == 1
             ]
         return self._pieces[sliding_window]
 

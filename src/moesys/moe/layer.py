@@ -166,7 +166,10 @@ class MoELayer(nn.Module):
             )
 
     def _require_finite(self, routing: Routing) -> None:
-        """One sum finds NaN and Inf; only when it is not finite are tokens counted (it may have overflowed)."""
+        """Where the router has not looked, one sum finds NaN and Inf; only when it is not finite are tokens counted (it
+        may have overflowed)."""
+        if routing.is_finite:
+            return
         if routing.logits_TE is None or bool(routing.logits_TE.detach().sum().isfinite()):
             return
         num_bad = int((~routing.logits_TE.isfinite()).any(dim=1).sum())

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from moesys.errors import RoutingError
 from moesys.kernels import linear
+from moesys.kernels import routing as routing_kernels
 from moesys.moe.choice import Choice
 from moesys.moe.config import MoEConfig
 from moesys.moe.routing import Routing
 from moesys.moe.score import Score, compute_distribution, compute_scores
 from moesys.moe.selection import Selection, TopK, require_unbiased_threshold
-from moesys.moe.weighting import Normalization, SparseMixer, Weighting, compute_weights
+from moesys.moe.weighting import SMALLEST_SUM, Normalization, SparseMixer, Weighting, compute_weights
 
 
 class Router(nn.Module):
@@ -88,14 +89,10 @@ class Router(nn.Module):
 
         Raises `RoutingError` for an impossible k, or a given choice of other tokens.
         """
-        dtype = torch.promote_types(self.weight_ED.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = linear(
-                x_TD.to(dtype),
-                self.weight_ED.to(dtype),
-                None if self.bias_E is None else self.bias_E.to(dtype),
-            )
+        logits_TE = self._compute_logits(x_TD)
         scores_TE = compute_scores(logits_TE, self.score)
+        if given is None and self._takes_the_best and routing_kernels.takes(logits_TE):
+            return self._route_in_kernel(logits_TE, scores_TE, self._find_selection(top_k).k)
         if given is None:
             given = self._choose(logits_TE.detach(), scores_TE.detach(), top_k)
         elif given.num_tokens != x_TD.shape[0]:
@@ -113,16 +110,58 @@ class Router(nn.Module):
             scores_TE=compute_distribution(scores_TE, self.score),
         )
 
+    def _compute_logits(self, x_TD: Tensor) -> Tensor:
+        weight_ED, bias_E = self.weight_ED, self.bias_E
+        dtype = torch.promote_types(weight_ED.dtype, torch.float32)
+        operands = (x_TD.to(dtype), weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))
+        if not torch.is_autocast_enabled(x_TD.device.type):
+            return linear(*operands)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return linear(*operands)
+
+    @property
+    def _takes_the_best(self) -> bool:
+        """Whether a token's weights are functions of its k best scores alone."""
+        return isinstance(self.selection, TopK) and (
+            self.weighting is Normalization.AFTER or self.weighting is Normalization.NONE
+        )
+
+    def _route_in_kernel(self, logits_TE: Tensor, scores_TE: Tensor, k: int) -> Routing:
+        """Chooses, weighs and looks for NaN and Inf in one call."""
+        expert_ids, token_offsets, weights, is_finite = routing_kernels.choose_and_weigh(
+            logits_TE,
+            scores_TE,
+            self.selection_bias_E,
+            k,
+            SMALLEST_SUM if self.weighting is Normalization.AFTER else None,
+            self.scale,
+        )
+        return Routing(
+            expert_ids=expert_ids,
+            weights=weights,
+            token_offsets=token_offsets,
+            num_experts=logits_TE.shape[1],
+            fixed_k=k,
+            logits_TE=logits_TE,
+            scores_TE=compute_distribution(scores_TE, self.score),
+            is_finite=is_finite,
+        )
+
+    def _find_selection(self, top_k: int | None) -> Selection:
+        """Returns the selection, with another k where one is asked for. Raises `RoutingError` for an impossible one."""
+        if top_k is None or top_k == self.selection.k:
+            return self.selection
+        selection = self.selection.with_k(top_k)
+        selection.require_possible(self.num_experts)
+        return selection
+
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int | None) -> Choice:
         """Chooses by scores; by logits where weights are a softmax of them, because a softmax over all experts makes
         equal zeros of those far behind the first."""
-        selection = self.selection
+        selection = self._find_selection(top_k)
         by_logits = self.weighting is Normalization.BEFORE or isinstance(self.weighting, SparseMixer)
         if by_logits and isinstance(selection, TopK) and self.selection_bias_E is None:
             scores_TE = logits_TE
-        if top_k is not None and top_k != selection.k:
-            selection = selection.with_k(top_k)
-            selection.require_possible(self.num_experts)
         return selection.choose(
             scores_TE if self.selection_bias_E is None else scores_TE + self.selection_bias_E
         )

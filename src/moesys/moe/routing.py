@@ -27,6 +27,7 @@ class Routing:
     dropped:        (assignments,) bool, True for one that is not computed; None when nothing is dropped.
     logits_TE:      (tokens, experts) float32, what the router saw; for balance losses and telemetry.
     scores_TE:      (tokens, experts) float32, the router's distribution: its scores, summing to one per token.
+    is_finite:      whether all logits are finite, where the router's kernel has looked; None where nobody has.
     """
 
     expert_ids: Tensor
@@ -37,6 +38,7 @@ class Routing:
     dropped: Tensor | None = None
     logits_TE: Tensor | None = None
     scores_TE: Tensor | None = None
+    is_finite: bool | None = None
 
     def __post_init__(self) -> None:
         if self.expert_ids.shape != self.weights.shape or self.expert_ids.ndim != 1:

@@ -12,7 +12,7 @@ from moesys.errors import RoutingError
 from moesys.kernels import routing as routing_kernels
 from moesys.moe.choice import Choice
 
-_SMALLEST_SUM = 1e-20
+SMALLEST_SUM = 1e-20
 """Below it scores are underflows (a bias may choose such experts): a weight of about zero instead of NaN."""
 
 
@@ -54,7 +54,7 @@ def compute_weights(choice: Choice, logits_TE: Tensor, scores_TE: Tensor, weight
         case Normalization.NONE | Normalization.AFTER if routing_kernels.takes(
             scores_TE, choice.expert_ids, choice.token_offsets
         ):
-            smallest_sum = _SMALLEST_SUM if weighting is Normalization.AFTER else None
+            smallest_sum = SMALLEST_SUM if weighting is Normalization.AFTER else None
             return routing_kernels.weigh_choice(
                 scores_TE, choice.expert_ids, choice.token_offsets, smallest_sum
             )
@@ -83,7 +83,7 @@ def _mix_sparsely(choice: Choice, logits_TE: Tensor, epsilon: float) -> Tensor:
 
 
 def _divide_by_sum(choice: Choice, values_A: Tensor) -> Tensor:
-    return values_A / choice.sum_per_token(values_A).clamp_min(_SMALLEST_SUM)
+    return values_A / choice.sum_per_token(values_A).clamp_min(SMALLEST_SUM)
 
 
 def _find_largest_per_token(choice: Choice, values_A: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def spend(
     """Returns what a budget holds beside the keys and values of a batch and the largest step."""
     tokens = batch_size * round_to_pages(num_positions)
     placement = place(
-        footprint, [budget], tokens, step_bytes(max(pass_tokens, batch_size), batch_size), batch_size
+        footprint, [budget], tokens, step_bytes(pass_tokens + batch_size - 1, batch_size), batch_size
     )
     return Spend(budget, placement, pass_tokens, batch_size, len(footprint.section_bytes))
 

@@ -4,17 +4,21 @@ from moesys.kernels.native.cpu_level import is_half_used_by_mkl
 from moesys.kernels.native.experts import compute_experts, compute_experts_summed
 from moesys.kernels.native.library import find_call_obstacle, find_obstacle
 from moesys.kernels.native.products import compute_linear, compute_product, fits_product, read_memory
-from moesys.kernels.native.routing import choose_top_k, group_by_expert, weigh_choice
+from moesys.kernels.native.rms_norm import compute_rms_norm
+from moesys.kernels.native.rotary import rotate_pairs
+from moesys.kernels.native.routing import choose_and_weigh, choose_top_k, group_by_expert, weigh_choice
 from moesys.kernels.native.row_sum import sum_rows
 from moesys.kernels.native.weight_format import WeightFormat, find_format
 
 __all__ = [
     "WeightFormat",
+    "choose_and_weigh",
     "choose_top_k",
     "compute_experts",
     "compute_experts_summed",
     "compute_linear",
     "compute_product",
+    "compute_rms_norm",
     "find_call_obstacle",
     "find_format",
     "find_obstacle",
@@ -22,6 +26,7 @@ __all__ = [
     "group_by_expert",
     "is_half_used_by_mkl",
     "read_memory",
+    "rotate_pairs",
     "sum_rows",
     "weigh_choice",
 ]

@@ -22,10 +22,13 @@ from moesys.kernels.formats import Int8Weight
 from moesys.kernels.native.build import build_library
 from moesys.kernels.native.cpu_level import find_cpu_level
 from moesys.kernels.native.structures import (
+    ChoiceCall,
     ExpertsCall,
     GroupingCall,
     LinearCall,
     ProductCall,
+    RMSNormCall,
+    RotaryCall,
     RowSumCall,
     TopKCall,
     WeighingCall,
@@ -38,7 +41,10 @@ _FUNCTIONS = (
     ("moesys_experts", ExpertsCall, c_int),
     ("moesys_product", ProductCall, c_int),
     ("moesys_sum_rows", RowSumCall, c_int),
+    ("moesys_rms_norm", RMSNormCall, None),
+    ("moesys_rotate", RotaryCall, None),
     ("moesys_top_k", TopKCall, None),
+    ("moesys_choose", ChoiceCall, c_int),
     ("moesys_weigh", WeighingCall, c_int),
     ("moesys_group", GroupingCall, c_int),
 )

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from moesys.errors import ShapeError
 from moesys.kernels.native.library import load_library
-from moesys.kernels.native.operands import require_readable
-from moesys.kernels.native.structures import GroupingCall, TopKCall, WeighingCall
+from moesys.kernels.native.operands import point, require_readable
+from moesys.kernels.native.structures import ChoiceCall, GroupingCall, TopKCall, WeighingCall
 
 
 def choose_top_k(scores_TE: Tensor, k: int) -> Tensor:
     """Returns (tokens, k) int64: the experts with the largest scores, best first; ties go to the lower id, and NaN
     comes before every number. Raises `ShapeError` for a k that is not in 1..experts."""
     num_tokens, num_experts = scores_TE.shape
-    if not 1 <= k <= num_experts:
-        raise ShapeError(f"k ({k}) must be between 1 and the number of experts ({num_experts})")
+    _require_k(k, num_experts)
     require_readable(torch.float32, scores_TE)
     scores_TE = scores_TE.contiguous()
     ids_TK = torch.empty(num_tokens, k, dtype=torch.int64, device="cpu")
@@ -29,6 +28,48 @@ def choose_top_k(scores_TE: Tensor, k: int) -> Tensor:
     call = TopKCall(scores_TE.data_ptr(), num_tokens, num_experts, k, ids_TK.data_ptr(), threads)
     load_library().moesys_top_k(ctypes.byref(call))
     return ids_TK
+
+
+def choose_and_weigh(
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    bias_E: Tensor | None,
+    k: int,
+    smallest_sum: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Returns the ids (tokens * k,), token offsets and weights of `choose_top_k` by biased scores and `weigh_choice`,
+    times ``scale``, and whether all logits are finite. Raises `ShapeError` for a k that is not in 1..experts."""
+    num_tokens, num_experts = scores_TE.shape
+    _require_k(k, num_experts)
+    if logits_TE.shape != scores_TE.shape or (bias_E is not None and bias_E.shape != (num_experts,)):
+        raise ShapeError(
+            f"logits must have the shape of the scores {tuple(scores_TE.shape)} and the bias one entry per expert, got "
+            f"{tuple(logits_TE.shape)} and {None if bias_E is None else tuple(bias_E.shape)}"
+        )
+    require_readable(torch.float32, logits_TE, scores_TE, bias_E)
+    logits_TE, scores_TE = logits_TE.contiguous(), scores_TE.contiguous()
+    bias_E = None if bias_E is None else bias_E.contiguous()
+    ids = torch.empty(num_tokens * k, dtype=torch.int64, device="cpu")
+    token_offsets = torch.empty(num_tokens + 1, dtype=torch.int64, device="cpu")
+    weights_A = torch.empty(num_tokens * k, dtype=torch.float32, device="cpu")
+    call = ChoiceCall(
+        logits_TE.data_ptr(),
+        scores_TE.data_ptr(),
+        point(bias_E),
+        num_tokens,
+        num_experts,
+        k,
+        smallest_sum is not None,
+        0.0 if smallest_sum is None else smallest_sum,
+        scale,
+        ids.data_ptr(),
+        token_offsets.data_ptr(),
+        weights_A.data_ptr(),
+        torch.get_num_threads(),
+    )
+    is_finite = bool(load_library().moesys_choose(ctypes.byref(call)))
+    return ids, token_offsets, weights_A, is_finite
 
 
 def weigh_choice(
@@ -98,6 +139,11 @@ def group_by_expert(
     if status == 2:
         raise _make_error(num_experts, expert_ids)
     return row_ids, offsets, sorted_A, positions
+
+
+def _require_k(k: int, num_experts: int) -> None:
+    if not 1 <= k <= num_experts:
+        raise ShapeError(f"k ({k}) must be between 1 and the number of experts ({num_experts})")
 
 
 def _make_error(num_experts: int, expert_ids: Tensor) -> ShapeError:

@@ -109,6 +109,35 @@ class ExpertsCall(Structure):
     )
 
 
+class RMSNormCall(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("is_bf16", c_int32),
+        ("rows", c_int64),
+        ("size", c_int64),
+        ("epsilon", c_float),
+        ("y", c_void_p),
+        ("threads", c_int32),
+    )
+
+
+class RotaryCall(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("is_bf16", c_int32),
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("pairs", c_int64),
+        ("y", c_void_p),
+        ("threads", c_int32),
+    )
+
+
 class TopKCall(Structure):
     _fields_ = (
         ("scores", c_void_p),
@@ -116,6 +145,24 @@ class TopKCall(Structure):
         ("num_experts", c_int64),
         ("k", c_int64),
         ("ids", c_void_p),
+        ("threads", c_int32),
+    )
+
+
+class ChoiceCall(Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        ("scores", c_void_p),
+        ("bias", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_experts", c_int64),
+        ("k", c_int64),
+        ("normalizes", c_int32),
+        ("smallest_sum", c_float),
+        ("scale", c_float),
+        ("ids", c_void_p),
+        ("token_offsets", c_void_p),
+        ("weights", c_void_p),
         ("threads", c_int32),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moesys.errors import ShapeError
-from moesys.kernels.rotary import in_place
+from moesys.kernels.rotary import in_place, native
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -19,4 +19,6 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"x ends in {x.shape[-1]}, which must be twice the number of angles: "
             f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
         )
+    if native.takes(x, cos, sin):
+        return native.rotate_pairs(x, cos, sin)
     return in_place.rotate_pairs(x, cos.to(x.dtype), sin.to(x.dtype))

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from moesys.kernels import native
-from moesys.kernels.choice import Kernel, read_wish
-from moesys.kernels.derivatives import is_transformed, is_watched
 from moesys.kernels.fork import require_threads
+from moesys.kernels.inference_call import is_inference_call
 
 
 def takes(values: Tensor, *indices: Tensor) -> bool:
@@ -23,15 +22,7 @@ def takes(values: Tensor, *indices: Tensor) -> bool:
     for index in indices:
         if index.dtype is not torch.int64 or not index.is_cpu:
             return False
-    return (
-        values.dtype is torch.float32
-        and values.is_cpu
-        and not is_watched(values)
-        and not torch.compiler.is_compiling()
-        and not is_transformed(values)
-        and read_wish() in (Kernel.AUTO, Kernel.NATIVE)
-        and native.find_obstacle() is None
-    )
+    return values.dtype is torch.float32 and is_inference_call(values)
 
 
 def choose_top_k(scores_TE: Tensor, k: int) -> Tensor:
@@ -42,6 +33,25 @@ def choose_top_k(scores_TE: Tensor, k: int) -> Tensor:
     """
     require_threads()
     return native.choose_top_k(scores_TE, k)
+
+
+def choose_and_weigh(
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    bias_E: Tensor | None,
+    k: int,
+    smallest_sum: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """`choose_top_k` and `weigh_choice` in one call, for every router that takes the k best: the same bits.
+
+    logits_TE, scores_TE: (tokens, experts). bias_E: (experts,), added to the scores for the choice alone. Weights are
+    multiplied by ``scale`` at last. Returns the expert ids (tokens * k,), the offsets (tokens + 1,) and the weights of
+    the assignments, and whether all logits are finite. Raises `ShapeError` for a k that is not in 1..experts, and other
+    shapes.
+    """
+    require_threads()
+    return native.choose_and_weigh(logits_TE, scores_TE, bias_E, k, smallest_sum, scale)
 
 
 def weigh_choice(
