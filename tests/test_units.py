@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moesys.errors import ConfigError
-from moesys.units import format_bytes, format_count, format_duration, parse_bytes
+from moesys.units import format_bytes, format_count, format_duration, format_rate, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,11 @@ def test_parse_bytes(text: str, num_bytes: int) -> None:
 def test_parse_bytes_refuses_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--size .* must be a size above 0 with a unit of B, KiB"):
         parse_bytes(text, "--size")
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.05123, "0.0512"), (6.638, "6.64"), (999.4, "999"), (999.6, "1,000"), (1940.4, "1,940"), (0.0, "0")],
+)
+def test_rates_have_three_digits_and_no_exponent(rate: float, text: str) -> None:
+    assert format_rate(rate) == text

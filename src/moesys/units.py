@@ -43,6 +43,11 @@ def format_count(count: float) -> str:
     return f"{value:.1f}B"
 
 
+def format_rate(per_second: float) -> str:
+    """Returns a rate with three digits, or as many as its whole part has: ``0.0512``, ``6.64``, ``1,940``."""
+    return f"{per_second:,.0f}" if abs(per_second) >= 999.5 else f"{per_second:.3g}"
+
+
 def format_duration(seconds: float) -> str:
     """Returns a duration as ``1:02:03`` or ``2:03``."""
     total = max(0, round(seconds))

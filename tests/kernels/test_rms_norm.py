@@ -1,4 +1,4 @@
-"""RMSNorm: the closed form against torch's own, values and gradients."""
+"""RMSNorm: the closed form against torch's own, values and gradients; the native kernel against both."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moesys.errors import ShapeError
-from moesys.kernels import rms_norm
-from moesys.kernels.rms_norm import closed_form, reference
+from moesys.kernels import Kernel, rms_norm, use_kernel
+from moesys.kernels.rms_norm import closed_form, native, reference
 
 EPSILON = 1e-5
 
@@ -58,3 +58,70 @@ def test_a_frozen_weight_gets_no_gradient() -> None:
 def test_a_misshapen_weight_is_named() -> None:
     with pytest.raises(ShapeError, match=r"weight has shape \(3,\), x ends in 4"):
         rms_norm(torch.ones(2, 4), torch.ones(3), EPSILON)
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 1), (3, 5, 7), (2, 17), (64, 48), (1, 2048), (3, 1000), (0, 8), (5, 0)]
+
+
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[..., :1] *= 30
+    return x.to(dtype), torch.linspace(0.5, 2, shape[-1]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_native_kernel_is_as_precise_as_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = make_inputs(shape, dtype)
+    assert native.takes(x, weight)
+    ours, theirs = rms_norm(x, weight, EPSILON), closed_form.rms_norm(x, weight, EPSILON)
+    assert ours.shape == x.shape
+    assert ours.dtype == dtype
+    if not x.numel():
+        return
+    exact = reference.rms_norm(x.double(), weight.double(), EPSILON)
+    floor = torch.finfo(dtype).eps * exact.abs().max()
+    error, allowed = ((y.double() - exact).abs().max() for y in (ours, theirs))
+    assert error <= 1.5 * max(allowed, floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [7, 64, 1000])
+def test_a_row_has_the_bits_of_itself_alone(size: int, dtype: torch.dtype) -> None:
+    x, weight = make_inputs((512, size), dtype)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            many = rms_norm(x, weight, EPSILON)
+            for row in (0, 1, 255, 511):
+                assert torch.equal(rms_norm(x[row], weight, EPSILON), many[row])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_strided_rows_and_nan_are_computed_as_they_are() -> None:
+    x, _ = make_inputs((40, 24), torch.float32)
+    x[3, 5] = torch.nan
+    ones = torch.ones(40)
+    y = rms_norm(x.t(), ones, EPSILON)
+    torch.testing.assert_close(y, rms_norm(x.t().contiguous(), ones, EPSILON), rtol=0, atol=0, equal_nan=True)
+    assert y.isnan().all(dim=1).nonzero().flatten().tolist() == [5]
+
+
+def test_torch_computes_what_the_native_kernel_does_not_take() -> None:
+    x, weight = make_inputs((2, 8), torch.float32)
+    assert not native.takes(x.double(), weight.double())
+    assert not native.takes(x, weight.bfloat16())
+    assert not native.takes(x.to("meta"), weight.to("meta"))
+    assert not native.takes(x.clone().requires_grad_(), weight)
+    assert not native.takes(x, weight.clone().requires_grad_())
+    assert not torch.func.vmap(lambda row: torch.tensor(native.takes(row, weight)))(x).any()
+    with torch.no_grad():
+        assert native.takes(x.clone().requires_grad_(), weight)
+    with use_kernel(Kernel.NATIVE):
+        assert native.takes(x, weight)
+    with use_kernel(Kernel.TORCH):
+        assert not native.takes(x, weight)
+        assert torch.equal(rms_norm(x, weight, EPSILON), closed_form.rms_norm(x, weight, EPSILON))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moesys.errors import ShapeError
-from moesys.kernels import rotate_pairs
-from moesys.kernels.rotary import reference
+from moesys.kernels import Kernel, rotate_pairs, use_kernel
+from moesys.kernels.rotary import in_place, native, reference
 
 
 def make_angles(length: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,3 +50,51 @@ def test_the_number_of_angles_must_fit() -> None:
     cos, sin = make_angles(3, 2)
     with pytest.raises(ShapeError, match="x ends in 6"):
         rotate_pairs(torch.ones(1, 3, 1, 6), cos, sin)
+
+
+def make_heads(
+    batch: int, length: int, heads: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns heads that lie apart, as between other columns of a projection, and the angles of each token."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, length, heads + 2, size + 3, generator=generator)[:, :, 1 : heads + 1, :size]
+    angles = 100 * torch.rand(batch, length, 1, size // 2, generator=generator)
+    return x, angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 8, 16), (1, 5, 3, 2), (2, 7, 2, 34), (3, 1, 1, 128), (1, 300, 4, 64), (1, 0, 2, 4)]
+)
+def test_the_native_kernel_rounds_as_torch_does(shape: tuple[int, int, int, int]) -> None:
+    x, cos, sin = make_heads(*shape)
+    half = x.bfloat16()
+    assert native.takes(x, cos, sin)
+    assert native.takes(half, cos, sin)
+    exact = reference.rotate_pairs(x.double(), cos.double(), sin.double())
+    torch.testing.assert_close(rotate_pairs(x, cos, sin).double(), exact, rtol=0, atol=4e-7)
+    expected = in_place.rotate_pairs(half, cos.bfloat16(), sin.bfloat16())
+    assert torch.equal(rotate_pairs(half, cos, sin), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_has_the_bits_of_itself_alone(dtype: torch.dtype) -> None:
+    x, cos, sin = make_heads(1, 600, 3, 22)
+    x = x.to(dtype)
+    many = rotate_pairs(x, cos, sin)
+    for token in (0, 1, 599):
+        alone = slice(token, token + 1)
+        assert torch.equal(rotate_pairs(x[:, alone], cos[:, alone], sin[:, alone]), many[:, alone])
+
+
+def test_torch_computes_what_the_native_kernel_does_not_take() -> None:
+    x, cos, sin = make_heads(2, 3, 2, 8)
+    assert native.takes(x, cos, sin)
+    assert not native.takes(x, cos[:1], sin[:1])
+    assert not native.takes(x[0], cos[0], sin[0])
+    assert not native.takes(x, cos.double(), sin.double())
+    assert not native.takes(x.double(), cos, sin)
+    assert not native.takes(x[:, :2].transpose(0, 1), cos[:, :2].contiguous(), sin[:, :2].contiguous())
+    assert not native.takes(x.clone().requires_grad_(), cos, sin)
+    assert not native.takes(x.mT.contiguous().mT, cos, sin)
+    with use_kernel(Kernel.TORCH):
+        assert not native.takes(x, cos, sin)

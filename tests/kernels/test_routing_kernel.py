@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moesys.errors import ShapeError
 from moesys.kernels import Kernel, use_kernel
-from moesys.kernels.routing import choose_top_k, group_by_expert, takes, weigh_choice
+from moesys.kernels.routing import choose_and_weigh, choose_top_k, group_by_expert, takes, weigh_choice
 from moesys.moe import GroupLimitedTopK, LocalDispatcher, Routing, Threshold, TopK
 from moesys.moe.selection import Selection
 from moesys.moe.weighting import Normalization, compute_weights
@@ -83,6 +83,44 @@ def test_a_token_alone_has_the_weights_of_one_among_many() -> None:
         assert torch.equal(alone, many[token])
 
 
+@pytest.mark.parametrize("smallest_sum", [None, 1e-20])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 700])
+def test_one_call_has_the_bits_of_its_steps(num_tokens: int, smallest_sum: float | None) -> None:
+    """With tied scores, and a bias that changes the choice and no weight."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    logits_TE = torch.randint(-3, 4, (num_tokens, 40), generator=generator).float()
+    scores_TE, bias_E = logits_TE.softmax(dim=1), torch.rand(40, generator=generator)
+    for bias, scale in ((None, 1.0), (bias_E, 2.5), (bias_E, 0.3)):
+        ids, offsets, weights_A, is_finite = choose_and_weigh(
+            logits_TE, scores_TE, bias, 6, smallest_sum, scale
+        )
+        ids_TK = choose_top_k(scores_TE if bias is None else scores_TE + bias, 6)
+        assert torch.equal(ids, ids_TK.flatten())
+        assert offsets.tolist() == [6 * token for token in range(num_tokens + 1)]
+        assert torch.equal(weights_A, weigh_choice(scores_TE, ids, offsets, smallest_sum) * scale)
+        assert is_finite
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("token", [0, 699])
+def test_one_logit_that_is_not_finite_is_seen(token: int, bad: float) -> None:
+    logits_TE = torch.full((700, 40), 3e38)
+    assert choose_and_weigh(logits_TE, logits_TE.sigmoid(), None, 2, None, 1.0)[3]
+    logits_TE[token, 39] = bad
+    assert not choose_and_weigh(logits_TE, logits_TE.sigmoid(), None, 2, None, 1.0)[3]
+
+
+def test_scores_that_do_not_fit_their_logits_are_refused() -> None:
+    scores = torch.rand(3, 4)
+    with pytest.raises(ShapeError, match=r"k \(5\) must be between 1 and the number of experts \(4\)"):
+        choose_and_weigh(scores, scores, None, 5, None, 1.0)
+    for logits, bias in ((scores[:2], None), (scores, torch.rand(3))):
+        with pytest.raises(
+            ShapeError, match=r"shape of the scores \(3, 4\) and the bias one entry per expert"
+        ):
+            choose_and_weigh(logits, scores, bias, 2, None, 1.0)
+
+
 @given(st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=12), st.integers(6, 9))
 def test_groups_are_those_that_torch_makes(choices: list[list[int]], num_experts: int) -> None:
     ids, token_offsets = flatten(choices)
@@ -132,6 +170,9 @@ def test_what_c_would_misread_is_refused(convert: Callable[[Tensor], Tensor]) ->
     weights = scores[:, 0]
     calls = [
         lambda: choose_top_k(convert(scores), 2),
+        lambda: choose_and_weigh(convert(scores), scores, None, 2, None, 1.0),
+        lambda: choose_and_weigh(scores, convert(scores), None, 2, None, 1.0),
+        lambda: choose_and_weigh(scores, scores, convert(scores[0]), 2, None, 1.0),
         lambda: weigh_choice(convert(scores), ids, offsets, None),
         lambda: weigh_choice(scores, convert(ids), offsets, None),
         lambda: weigh_choice(scores, ids, convert(offsets), None),

@@ -177,7 +177,7 @@ def test_no_budget_is_exceeded(num_bytes: int, goal: Goal, is_share: bool, num_p
     bounded = tier.core_bytes + tier.expert_bytes if is_share else tier.used_bytes
     assert bounded <= num_bytes + 1
     assert tier.expert_bytes == plan.num_slots * EXPERT
-    assert tier.step_bytes == count_step_bytes(max(plan.prefill_tokens, plan.batch_size), plan.batch_size)
+    assert tier.step_bytes == count_step_bytes(plan.prefill_tokens + plan.batch_size - 1, plan.batch_size)
     assert plan.prefill_tokens in {min(tokens, num_positions) for tokens in PASS_TOKENS}
     assert plan.batch_size in BATCH_SIZES
 

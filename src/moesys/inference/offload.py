@@ -170,7 +170,7 @@ def load_offloaded(
         recorder = RoutingRecorder(source) if records else None
         if profile is not None:
             for cache in caches.values():
-                preload(cache, profile, weights.experts.sections)
+                preload(cache, profile, cache.sections)
         yield OffloadedModel(
             model,
             Execution(LocalDispatcher(), source if recorder is None else recorder),

@@ -58,7 +58,7 @@ class OffloadRequest:
     batch_size: int | None = None
     goal: Goal = Goal.LATENCY
     num_slots: int | None = None
-    policy: PolicyName = PolicyName.LRU
+    policy: PolicyName = PolicyName.LRFU
     predicts: bool = False
     verifies: bool = True
 

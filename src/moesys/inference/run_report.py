@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from moesys.inference.generate import GenerationStats
 from moesys.inference.offload import OffloadedModel
 from moesys.moe import PredictionScore
-from moesys.planning import PredictionReport, report_prediction
+from moesys.planning import InferencePlan, Prediction, PredictionReport, report_prediction
 from moesys.store import CacheStats, replay_best
 
 
@@ -77,17 +77,11 @@ class RunMeter:
         if stats.new_tokens > 1:
             of_decode = _subtract(self._offloaded.stats, self._at_first_token)
             decode = self._measure(stats.new_tokens - 1, stats.decode_s, of_decode)
-        predictions = []
-        if plan is not None:
-            for kind, predicted, traffic in (
-                ("prompt", plan.prefill, prefill),
-                ("writing", plan.decode, decode),
-            ):
-                if traffic is not None:
-                    read = round(traffic.disk_bytes_per_token * traffic.num_tokens)
-                    predictions.append(
-                        report_prediction(kind, predicted, traffic.num_tokens, traffic.seconds, read)
-                    )
+        predictions = [] if plan is None else [_compare("prompt", _predict_prompt(plan, stats), prefill)]
+        if plan is not None and decode is not None:
+            position = stats.prompt_tokens + stats.new_tokens / 2
+            predicted = plan.speed.predict_decode(1, position, plan.num_slots)
+            predictions.append(_compare("writing", predicted, decode))
         predictor = self._offloaded.predictor
         return RunReport(
             prefill,
@@ -152,6 +146,16 @@ def compute_policy_share(offloaded: OffloadedModel) -> float | None:
         own = [d for d in demands if d and offloaded.experts.layouts[d[0][0]] == layout]
         best += replay_best(own, cache.pool.num_slots).num_loads
     return best / num_loads
+
+
+def _predict_prompt(plan: InferencePlan, stats: GenerationStats) -> Prediction:
+    pass_tokens = min(plan.prefill_tokens, stats.prompt_tokens)
+    return plan.speed.predict_prefill(stats.prompt_tokens, pass_tokens, plan.num_slots)
+
+
+def _compare(kind: str, predicted: Prediction, traffic: Traffic) -> PredictionReport:
+    read_bytes = round(traffic.disk_bytes_per_token * traffic.num_tokens)
+    return report_prediction(kind, predicted, traffic.num_tokens, traffic.seconds, read_bytes)
 
 
 def _subtract(later: CacheStats, earlier: CacheStats) -> CacheStats:

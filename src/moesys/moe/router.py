@@ -128,10 +128,11 @@ class Router(nn.Module):
 
     def _route_in_kernel(self, logits_TE: Tensor, scores_TE: Tensor, k: int) -> Routing:
         """Chooses, weighs and looks for NaN and Inf in one call."""
+        bias_E = self.selection_bias_E
         expert_ids, token_offsets, weights, is_finite = routing_kernels.choose_and_weigh(
             logits_TE,
             scores_TE,
-            self.selection_bias_E,
+            None if bias_E is None else bias_E.to(scores_TE.dtype),
             k,
             SMALLEST_SUM if self.weighting is Normalization.AFTER else None,
             self.scale,

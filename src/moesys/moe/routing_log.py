@@ -222,7 +222,7 @@ class RoutingRecorder:
 
 def _tabulate(routing: Routing) -> Tensor:
     """Returns (tokens, k) int16, -1 for no expert."""
-    ids = routing.expert_ids.to("cpu", torch.int16, copy=True)
+    ids = routing.expert_ids.to("cpu", torch.int16)
     if routing.dropped is not None:
         ids.masked_fill_(routing.dropped.cpu(), -1)
     if routing.fixed_k is not None:

@@ -20,6 +20,7 @@ from moesys.planning.machine_profile import (
 from moesys.planning.placement import Placement, TierPlacement, place
 from moesys.planning.plan import Goal, InferencePlan, StepMode, make_plan, spend
 from moesys.planning.prediction_report import PredictionReport, report_prediction
+from moesys.planning.speed import Prediction
 
 __all__ = [
     "Activity",
@@ -29,6 +30,7 @@ __all__ = [
     "InferencePlan",
     "MachineProfile",
     "Placement",
+    "Prediction",
     "PredictionReport",
     "StepMode",
     "TierPlacement",

@@ -19,7 +19,7 @@ from moesys.planning.miss_rates import MissRates, UniformMisses
 from moesys.planning.placement import Placement, TierPlacement, compute_reserve, place
 from moesys.planning.speed import Prediction, SpeedModel
 from moesys.store import ReadMode
-from moesys.units import format_bytes
+from moesys.units import format_bytes, format_rate
 
 PASS_TOKENS = (512, 1024, 2048, 4096)
 """Tokens of a prompt that a pass may take: from where products run at their full rate to where a pass over the disk
@@ -125,7 +125,7 @@ class InferencePlan:
         kept = f"{self.num_slots} of {self.speed.activity.num_experts} experts in memory"
         return (
             f"plan: {kept}, prompts {self.prefill_mode} in passes of {self.prefill_tokens} tokens at about "
-            f"{self.prefill.tokens_per_s:.3g} tokens/s, writing {self.decode_mode} at about "
+            f"{format_rate(self.prefill.tokens_per_s)} tokens/s, writing {self.decode_mode} at about "
             f"{describe_rate(self.decode)}"
         )
 
@@ -188,7 +188,7 @@ def describe_rate(prediction: Prediction) -> str:
 
 def format_range(low: float, high: float) -> str:
     """Returns two numbers to three digits, one where they are the same."""
-    first, last = f"{low:.3g}", f"{high:.3g}"
+    first, last = format_rate(low), format_rate(high)
     return first if first == last else f"{first} to {last}"
 
 

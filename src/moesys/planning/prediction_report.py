@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moesys.planning.cost import Bound, BoundTimes
 from moesys.planning.plan import format_range
 from moesys.planning.speed import Prediction
+from moesys.units import format_rate
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class PredictionReport:
         """One line for people."""
         promised = format_range(self.predicted, self.predicted_if_skewed)
         return (
-            f"{self.kind}: {self.measured:.3g} tokens/s, predicted {promised}; {self.share:.0%} of the "
-            f"{self.bound_rate:.3g} that {_NAMES[self.bound]} allows"
+            f"{self.kind}: {format_rate(self.measured)} tokens/s, predicted {promised}; {self.share:.0%} of the "
+            f"{format_rate(self.bound_rate)} that {_NAMES[self.bound]} allows"
         )
 
 

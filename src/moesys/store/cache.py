@@ -108,6 +108,11 @@ class SectionCache(Generic[Pool]):
         self._free = list(reversed(range(pool.num_slots)))
         self._turn = 0
 
+    @property
+    def sections(self) -> Mapping[Any, Section]:
+        """All that it could keep, by key."""
+        return self._sections
+
     def describe(self) -> CacheMemory:
         """Returns what the slots hold now."""
         ready = [entry for entry in self._entries.values() if entry.arrival is None]

@@ -15,7 +15,12 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def takes(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotate_pairs` computes for these arguments, whose last dimensions are checked: the heads of a model's
     tokens, with the float32 angles of each token."""
-    if x.ndim != 4 or x.dtype not in _DTYPES or cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
+    if (
+        x.ndim != 4
+        or x.dtype not in _DTYPES
+        or cos.dtype is not torch.float32
+        or sin.dtype is not torch.float32
+    ):
         return False
     batch, sequence, _, size = x.shape
     if cos.shape != (batch, sequence, 1, size // 2) or not (cos.is_contiguous() and sin.is_contiguous()):
