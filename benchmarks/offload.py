@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from decode_peers import ACCELERATE, LLAMA, OURS, RESIDENT, TRANSFORMERS
 from decode_peers.claims import find_disagreements, make_claims
 from decode_peers.report import compute_speed_spreads, format_case
 from decode_peers.workload import Case, Feed, Format, ModelFiles, Phase, Task
-from harness import Measured
+from harness import Measured, Outcome
 from make_checkpoint import SHAPES, make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,8 +111,16 @@ class Runner:
                 outcome = harness.run_worker(
                     Path(__file__), arguments, self._plan.threads, self._plan.limit_seconds
                 )
-                measured.add(system, outcome)
+                measured.add(system, explain_end(system, case, outcome))
         return measured
+
+
+def explain_end(system: str, case: Case, outcome: Outcome) -> Outcome:
+    """Takes a peer that the system ended under a cap for one that cannot run within it."""
+    was_ended = outcome.failed is not None and outcome.failed.startswith(f"exit code -{int(signal.SIGKILL)}:")
+    if was_ended and case.cap_bytes is not None and system != OURS:
+        return Outcome(skipped=f"it needs more than {case.cap_bytes / GIB:.2f} GiB")
+    return outcome
 
 
 def run_worker(system: str, case: Case, files: ModelFiles, plan: Plan) -> dict[str, Any]:

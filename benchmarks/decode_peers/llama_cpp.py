@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_void_p
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -21,7 +23,7 @@ def open_system(variant: str, task: Task) -> Iterator[LlamaDecoding]:
     path = task.files.gguf(task.form)
     if not path.exists():
         raise UnavailableError(f"{path.name} is not there; it is written where gguf is installed")
-    llama_cpp.llama_log_set(_silence, None)
+    llama_cpp.llama_log_set(_silence, c_void_p())
     llama_cpp.llama_backend_init()
     options = llama_cpp.llama_model_default_params()
     options.use_mmap = True
@@ -42,11 +44,11 @@ def _silence(level: int, text: bytes, user_data: object) -> None:
 class LlamaDecoding:
     """A context per phase: sequences side by side, logits of each one's last token."""
 
-    def __init__(self, model: object, task: Task) -> None:
+    def __init__(self, model: Any, task: Task) -> None:
         self._model = model
         self._task = task
         self._vocab_size = task.files.shape.vocab_size
-        self._context: object = None
+        self._context: Any = None
         self._length = 0
 
     def begin(self, phase: Phase, prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -74,7 +76,7 @@ class LlamaDecoding:
         """See `Decoding`."""
         return None
 
-    def _make_context(self, phase: Phase) -> object:
+    def _make_context(self, phase: Phase) -> Any:
         options = llama_cpp.llama_context_default_params()
         # llama.cpp cuts its context into equal parts for sequences, in steps of 256.
         options.n_ctx = phase.batch * (-(-phase.num_positions // 256) * 256)

@@ -475,6 +475,15 @@ def test_every_case_has_systems_that_take_its_format() -> None:
         assert all(len({phase.name for phase in case.phases}) == len(case.phases) for case in cases)
 
 
+def test_a_peer_that_its_cap_ended_is_skipped_and_ours_is_not() -> None:
+    ended = Outcome(failed="exit code -9: no message")
+    assert offload.explain_end(LLAMA, CAPPED, ended).skipped == "it needs more than 1.00 GiB"
+    assert offload.explain_end(OURS, CAPPED, ended) == ended
+    assert offload.explain_end(LLAMA, RAM, ended) == ended
+    broken = Outcome(failed="exit code 1: ValueError")
+    assert offload.explain_end(LLAMA, CAPPED, broken) == broken
+
+
 @pytest.mark.parametrize(("seconds", "favourite", "code"), [(0.5, 7, 0), (2.0, 7, 1), (0.5, 8, 1)])
 def test_main_writes_a_record_and_tells_by_its_exit_code(
     files: ModelFiles,

@@ -17,6 +17,8 @@ from moesys.kernels.experts import (
     TokenSum,
     compute_experts,
     compute_experts_summed,
+    fill_expert_rows,
+    new_expert_rows,
     sum_rows,
 )
 from moesys.kernels.formats import Int8Product, Int8Weight, pack_int8
@@ -38,9 +40,11 @@ __all__ = [
     "TokenSum",
     "compute_experts",
     "compute_experts_summed",
+    "fill_expert_rows",
     "linear",
     "linear_cross_entropy",
     "multiply",
+    "new_expert_rows",
     "pack_int8",
     "rms_norm",
     "rotate_pairs",

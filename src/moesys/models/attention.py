@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.errors import ShapeError
+from moesys.kernels.rms_norm import rms_norm_pair
 from moesys.models.attend import Attend
 from moesys.models.mixer import CachedTensor, Mixer
 from moesys.models.norm import NormConfig, RMSNorm
@@ -144,22 +145,22 @@ class Attention(Mixer):
         """See `Mixer`."""
         assert rotation is not None
         c = self.config
-        heads = [c.num_heads, c.num_kv_heads]
         # Queries and keys stay side by side: half as many operations, which is what one token costs.
         qk, v = self.qkv_proj(x_BSD).split([self.widths[0] + self.widths[1], self.widths[2]], dim=-1)
         if c.qk_norm is QKNorm.WHOLE:
-            qk = self._normalize(qk, self.widths[:2], dim=-1)
+            qk = self._normalize(qk)
         if c.qkv_clip is not None:
             qk, v = qk.clamp(-c.qkv_clip, c.qkv_clip), v.clamp(-c.qkv_clip, c.qkv_clip)
-        qk, v = qk.unflatten(-1, (-1, c.head_dim)), v.unflatten(-1, (-1, c.head_dim))
         if c.qk_norm is QKNorm.PER_HEAD:
-            qk = self._normalize(qk, heads, dim=-2)
-        q, k = apply_rotation(qk, rotation, c.rope).split(heads, dim=-2)
+            qk = self._normalize(qk)
+        batch, sequence, _ = x_BSD.shape
+        qk, v = (heads.view(batch, sequence, -1, c.head_dim) for heads in (qk, v))
+        q, k = apply_rotation(qk, rotation, c.rope).split([c.num_heads, c.num_kv_heads], dim=-2)
         y = attend(self.layer_id, q, k, v, SoftmaxRule(c.scale, c.sliding_window, self.sinks_H))
         return self.o_proj(y.flatten(-2))
 
-    def _normalize(self, qk: Tensor, sizes: list[int], dim: int) -> Tensor:
+    def _normalize(self, qk: Tensor) -> Tensor:
         assert self.q_norm is not None
         assert self.k_norm is not None
-        q, k = qk.split(sizes, dim=dim)
-        return torch.cat([self.q_norm(q), self.k_norm(k)], dim=dim)
+        weights = (self.q_norm.weight, self.k_norm.weight)
+        return rms_norm_pair(qk, weights, (self.widths[0], self.widths[1]), self.q_norm.epsilon)

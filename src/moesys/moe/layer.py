@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from moesys.errors import RoutingError, ShapeError
-from moesys.kernels import compute_experts, compute_experts_summed, sum_rows, use_kernel
+from moesys.kernels import (
+    Adapters,
+    BankView,
+    Kernel,
+    ModuleView,
+    Rows,
+    compute_experts,
+    compute_experts_summed,
+    fill_expert_rows,
+    new_expert_rows,
+    sum_rows,
+    use_kernel,
+)
 from moesys.moe.choice import Choice
 from moesys.moe.config import MoEConfig
 from moesys.moe.coverage import require_all_served, require_each_expert_once
@@ -206,17 +218,26 @@ class MoELayer(nn.Module):
                     return compute_experts_summed(
                         part.rows, view, part.weights_A, part.token_sum, adapters, kernel=execution.kernel
                     )
-                view_y_AD = compute_experts(part.rows, view, adapters, kernel=execution.kernel)
+                y_AD = _add_view(y_AD, part.rows, view, adapters, execution.kernel)
                 tables.append(view.slot_of_expert)
             finally:
                 execution.source.release(self.layer_id, view)
-            if y_AD is None:
-                y_AD = view_y_AD
-            elif torch.is_grad_enabled():
-                y_AD = y_AD + view_y_AD
-            else:
-                y_AD += view_y_AD
         require_each_expert_once(self.layer_id, part.rows.offsets, tables)
         if y_AD is None:
             y_AD = part.rows.x_RD.new_zeros(0, part.rows.x_RD.shape[1])
+        y_AD = y_AD.to(part.rows.x_RD.dtype)
         return sum_rows(y_AD, part.weights_A, part.token_sum, execution.kernel)
+
+
+def _add_view(
+    y_AD: Tensor | None, rows: Rows, view: BankView | ModuleView, adapters: Adapters | None, kernel: Kernel
+) -> Tensor:
+    """Returns the rows of the views before, None for the first, with those of one more. Without gradients they are
+    written in place, each once."""
+    if torch.is_grad_enabled():
+        view_y_AD = compute_experts(rows, view, adapters, kernel=kernel)
+        return view_y_AD if y_AD is None else y_AD + view_y_AD
+    if y_AD is None:
+        y_AD = new_expert_rows(rows)
+    fill_expert_rows(y_AD, rows, view, adapters, kernel)
+    return y_AD

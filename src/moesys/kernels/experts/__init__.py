@@ -1,6 +1,11 @@
 """The expert operator: rows of tokens through the experts of a bank view."""
 
-from moesys.kernels.experts.api import compute_experts, compute_experts_summed
+from moesys.kernels.experts.api import (
+    compute_experts,
+    compute_experts_summed,
+    fill_expert_rows,
+    new_expert_rows,
+)
 from moesys.kernels.experts.row_sum import sum_rows
 from moesys.kernels.records import (
     Activation,
@@ -24,5 +29,7 @@ __all__ = [
     "Weight",
     "compute_experts",
     "compute_experts_summed",
+    "fill_expert_rows",
+    "new_expert_rows",
     "sum_rows",
 ]

@@ -38,6 +38,28 @@ def compute_experts(
     return implementations.compute_experts(rows, view, adapters, kernel)
 
 
+def new_expert_rows(rows: Rows) -> Tensor:
+    """Returns (assignments, hidden) for `fill_expert_rows`, contents undefined: float32, or float64 for such rows."""
+    dtype = torch.float64 if rows.x_RD.dtype == torch.float64 else torch.float32
+    return rows.x_RD.new_empty(rows.num_assignments, rows.x_RD.shape[1], dtype=dtype)
+
+
+def fill_expert_rows(
+    y_AD: Tensor,
+    rows: Rows,
+    view: BankView | ModuleView,
+    adapters: Adapters | None = None,
+    kernel: Kernel = Kernel.AUTO,
+) -> None:
+    """Writes what `compute_experts` returns for the experts that the view holds and leaves the other rows as they are,
+    so that many views cost no more than one. Without gradients only.
+
+    y_AD: made by `new_expert_rows`. In the dtype of ``rows.x_RD`` its rows have the bits of `compute_experts`.
+    """
+    check_call(rows, view, adapters)
+    implementations.fill_expert_rows(y_AD, rows, view, adapters, kernel)
+
+
 def compute_experts_summed(
     rows: Rows,
     view: BankView | ModuleView,

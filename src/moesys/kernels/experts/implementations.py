@@ -63,6 +63,27 @@ def compute_experts(
         return implementation.compute_experts(rows, view, adapters)
 
 
+def fill_expert_rows(
+    y_AD: Tensor,
+    rows: Rows,
+    view: BankView | ModuleView,
+    adapters: Adapters | None,
+    kernel: Kernel,
+) -> None:
+    """See `moesys.kernels.experts.api.fill_expert_rows`."""
+    implementation = _choose(rows, view, adapters, None, kernel)
+    with use_kernel(kernel):
+        if implementation is native:
+            native.fill_expert_rows(y_AD, rows, view)
+            return
+        view_y_AD = implementation.compute_experts(rows, view, adapters)
+    if view.slot_of_expert is None:
+        y_AD.copy_(view_y_AD)
+    else:
+        is_held = torch.repeat_interleave(view.slot_of_expert >= 0, rows.offsets.diff())
+        y_AD[is_held] = view_y_AD[is_held].to(y_AD.dtype)
+
+
 def compute_experts_summed(
     rows: Rows,
     view: BankView | ModuleView,

@@ -38,6 +38,13 @@ def compute_experts(rows: Rows, view: BankView | ModuleView, adapters: Adapters 
     return native.compute_experts(rows, view).to(rows.x_RD.dtype)
 
 
+def fill_expert_rows(y_AD: Tensor, rows: Rows, view: BankView | ModuleView) -> None:
+    """See `moesys.kernels.experts.api.fill_expert_rows`."""
+    assert isinstance(view, BankView)
+    require_threads()
+    native.fill_expert_rows(y_AD, rows, view)
+
+
 def compute_experts_summed(
     rows: Rows,
     view: BankView | ModuleView,

@@ -28,23 +28,30 @@ _ACTIVATIONS = (Activation.SWIGLU, Activation.CLAMPED_SWIGLU, Activation.GELU, A
 def compute_experts(rows: Rows, view: BankView) -> Tensor:
     """Computes float32 rows per assignment for float32 or bfloat16 ``rows.x_RD``. Rows of experts that the view does
     not hold are zero. Raises `ShapeError` for indices that are not int64 on a CPU or out of range."""
-    return _compute(rows, view, None)
+    new_rows = torch.empty if view.covers_all else torch.zeros
+    y_AD = new_rows(rows.num_assignments, rows.x_RD.shape[1], **FLOAT32)
+    _compute(rows, view, None, y_AD)
+    return y_AD
+
+
+def fill_expert_rows(y_AD: Tensor, rows: Rows, view: BankView) -> None:
+    """Writes the rows of `compute_experts` into a contiguous float32 (assignments, hidden) tensor; those of experts
+    that the view does not hold stay as they are. Raises as `compute_experts`."""
+    _compute(rows, view, None, y_AD)
 
 
 def compute_experts_summed(rows: Rows, view: BankView, weights_A: Tensor, token_sum: TokenSum) -> Tensor:
     """Computes the rows and sums them per token, for a view that covers every expert. Returns (results, hidden) in the
     dtype of ``rows.x_RD``: the bits of `sum_rows` over `compute_experts` in that dtype. Raises as `compute_experts`."""
     sums = SumBuffers(weights_A, token_sum, rows.x_RD.shape[1], rows.x_RD.dtype)
-    _compute(rows, view, sums)
+    _compute(rows, view, sums, torch.empty(rows.num_assignments, rows.x_RD.shape[1], **FLOAT32))
     return sums.results_RD
 
 
-def _compute(rows: Rows, view: BankView, sums: SumBuffers | None) -> Tensor:
+def _compute(rows: Rows, view: BankView, sums: SumBuffers | None, y_AD: Tensor) -> None:
     require_readable(torch.int64, rows.row_ids, rows.offsets, view.slot_of_expert)
-    num_assignments, hidden = rows.num_assignments, rows.x_RD.shape[1]
+    num_assignments = rows.num_assignments
     inner = view.gate_up_SFD.shape[1] // view.form.num_halves
-    new_rows = torch.empty if view.covers_all else torch.zeros
-    y_AD = new_rows(num_assignments, hidden, **FLOAT32)
     x = ActivationBuffers(rows.x_RD, view.gate_up_SFD)
     inner_RF = new_inner_rows(num_assignments, inner, rows.x_RD.dtype, view.down_SDF)
     inner_rows = ActivationBuffers(inner_RF, view.down_SDF)
@@ -83,7 +90,6 @@ def _compute(rows: Rows, view: BankView, sums: SumBuffers | None) -> Tensor:
             f"from 0 to the number of assignments ({num_assignments}); positions of a sum must be in "
             f"0..{num_assignments - 1} and its offsets rise to their number; one of them does not"
         )
-    return y_AD
 
 
 def _widen(bias: Tensor | None) -> Tensor | None:

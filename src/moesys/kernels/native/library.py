@@ -22,6 +22,7 @@ from moesys.kernels.formats import Int8Weight
 from moesys.kernels.native.build import build_library
 from moesys.kernels.native.cpu_level import find_cpu_level
 from moesys.kernels.native.structures import (
+    AttentionCall,
     ChoiceCall,
     ExpertsCall,
     GroupingCall,
@@ -43,6 +44,7 @@ _FUNCTIONS = (
     ("moesys_sum_rows", RowSumCall, c_int),
     ("moesys_rms_norm", RMSNormCall, None),
     ("moesys_rotate", RotaryCall, None),
+    ("moesys_attend_pages", AttentionCall, c_int),
     ("moesys_top_k", TopKCall, None),
     ("moesys_choose", ChoiceCall, c_int),
     ("moesys_weigh", WeighingCall, c_int),

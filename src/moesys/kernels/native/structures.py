@@ -110,12 +110,19 @@ class ExpertsCall(Structure):
 
 
 class RMSNormCall(Structure):
+    """Holds its two parts flat."""
+
     _fields_ = (
         ("x", c_void_p),
-        ("weight", c_void_p),
+        ("row_stride", c_int64),
+        ("first_weight", c_void_p),
+        ("first_size", c_int64),
+        ("first_groups", c_int64),
+        ("second_weight", c_void_p),
+        ("second_size", c_int64),
+        ("second_groups", c_int64),
         ("is_bf16", c_int32),
         ("rows", c_int64),
-        ("size", c_int64),
         ("epsilon", c_float),
         ("y", c_void_p),
         ("threads", c_int32),
@@ -135,6 +142,42 @@ class RotaryCall(Structure):
         ("pairs", c_int64),
         ("y", c_void_p),
         ("threads", c_int32),
+    )
+
+
+class AttentionCall(Structure):
+    """The last seven fields are filled in by the function."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("q_is_bf16", c_int32),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("is_bf16", c_int32),
+        ("rows", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("key_size", c_int64),
+        ("value_size", c_int64),
+        ("value_step", c_int64),
+        ("page_ids", c_void_p),
+        ("starts", c_void_p),
+        ("stops", c_void_p),
+        ("num_page_ids", c_int64),
+        ("num_queries", c_int64),
+        ("page_tokens", c_int64),
+        ("window", c_int64),
+        ("sinks", c_void_p),
+        ("scale", c_float),
+        ("y", c_void_p),
+        ("threads", c_int32),
+        ("most_pieces", c_int64),
+        ("wide_key", c_int64),
+        ("wide_value", c_int64),
+        ("queries", c_void_p),
+        ("sums", c_void_p),
+        ("totals", c_void_p),
+        ("weights", c_void_p),
     )
 
 

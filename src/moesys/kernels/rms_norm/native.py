@@ -22,3 +22,22 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See `moesys.kernels.rms_norm.api.rms_norm`."""
     require_threads()
     return native.compute_rms_norm(x.contiguous(), weight.contiguous(), epsilon)
+
+
+def takes_pair(x: Tensor, weights: tuple[Tensor, Tensor]) -> bool:
+    """Whether `rms_norm_pair` computes for these arguments, whose shapes are checked."""
+    first, second = weights
+    dtype = x.dtype
+    same = dtype in _DTYPES and first.dtype is dtype and second.dtype is dtype
+    return same and x.stride(-1) == 1 and is_inference_call(x, first, second)
+
+
+def rms_norm_pair(
+    x: Tensor, weights: tuple[Tensor, Tensor], widths: tuple[int, int], epsilon: float
+) -> Tensor:
+    """See `moesys.kernels.rms_norm.api.rms_norm_pair`."""
+    require_threads()
+    first, second = weights
+    x_RC = x.reshape(-1, x.shape[-1])
+    y_RC = native.compute_rms_norm_pair(x_RC, (first.contiguous(), second.contiguous()), widths, epsilon)
+    return y_RC.view(x.shape)

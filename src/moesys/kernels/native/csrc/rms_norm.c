@@ -4,12 +4,20 @@
 
 #define FEW_NUMBERS (1 << 15)  // are computed sooner than threads can be woken
 
+// `groups` consecutive runs of `size` numbers, each with a mean square of its own, times the same weight.
 typedef struct {
-  const void *x, *weight;  // (rows, size), (size,)
-  int32_t is_bf16;         // all tensors, else float32
-  int64_t rows, size;
+  const void *weight;
+  int64_t size, groups;
+} norm_part;
+
+typedef struct {
+  const void *x;  // rows of both parts, `row_stride` apart
+  int64_t row_stride;
+  norm_part parts[2];
+  int32_t is_bf16;  // all tensors, else float32
+  int64_t rows;
   float epsilon;
-  void *y;
+  void *y;  // contiguous
   int32_t threads;
 } rms_norm_call;
 
@@ -32,30 +40,36 @@ INLINE void store_numbers(void *target, int64_t index, vec v, int count, const i
 
 INLINE int count_lanes(int64_t left) { return left < LANES ? (int)left : LANES; }
 
-INLINE float compute_inverse_rms(const rms_norm_call *c, int64_t row, const int is_bf16) {
+INLINE float compute_inverse_rms(const void *x, int64_t start, int64_t size, float epsilon, const int is_bf16) {
   vec sums[4] = {{0}};
-  int64_t start = row * c->size;
-  for (int64_t i = 0; i < c->size; i += LANES) {
-    vec v = load_numbers(c->x, start + i, count_lanes(c->size - i), is_bf16);
+  for (int64_t i = 0; i < size; i += LANES) {
+    vec v = load_numbers(x, start + i, count_lanes(size - i), is_bf16);
     sums[i / LANES % 4] += v * v;
   }
   float parts[4];
   sum_lanes_of_4(sums, parts);
   float square = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-  return 1.0f / sqrtf(square / (float)c->size + c->epsilon);
+  return 1.0f / sqrtf(square / (float)size + epsilon);
 }
 
 INLINE void normalize_rows(const rms_norm_call *c, const int is_bf16) {
-#pragma omp parallel for schedule(static) num_threads(c->threads) if (c->rows * c->size > FEW_NUMBERS)
+  int64_t columns = c->parts[0].size * c->parts[0].groups + c->parts[1].size * c->parts[1].groups;
+#pragma omp parallel for schedule(static) num_threads(c->threads) if (c->rows * columns > FEW_NUMBERS)
   for (int64_t row = 0; row < c->rows; row++) {
-    vec scale = splat(compute_inverse_rms(c, row, is_bf16));
-    int64_t start = row * c->size;
-    for (int64_t i = 0; i < c->size; i += LANES) {
-      int count = count_lanes(c->size - i);
-      vec normed = load_numbers(c->x, start + i, count, is_bf16) * scale;
-      if (is_bf16) normed = round_to_bf16(normed);
-      store_numbers(c->y, start + i, normed * load_numbers(c->weight, i, count, is_bf16), count, is_bf16);
-    }
+    int64_t from = row * c->row_stride, to = row * columns;
+    for (const norm_part *part = c->parts; part < c->parts + 2; part++)
+      for (int64_t group = 0; group < part->groups; group++) {
+        vec scale = splat(compute_inverse_rms(c->x, from, part->size, c->epsilon, is_bf16));
+        for (int64_t i = 0; i < part->size; i += LANES) {
+          int count = count_lanes(part->size - i);
+          vec normed = load_numbers(c->x, from + i, count, is_bf16) * scale;
+          if (is_bf16) normed = round_to_bf16(normed);
+          normed *= load_numbers(part->weight, i, count, is_bf16);
+          store_numbers(c->y, to + i, normed, count, is_bf16);
+        }
+        from += part->size;
+        to += part->size;
+      }
   }
 }
 
