@@ -160,7 +160,7 @@ def find_disagreements(case: Case, measured: Measured) -> list[str]:
             continue
         for system, tokens in found.items():
             same = sum(ours == theirs for ours, theirs in zip(found[OURS], tokens, strict=True))
-            if same < len(tokens):
+            if 2 * same < len(tokens):
                 lines.append(
                     f"{case.name}, {phase.name}: the likeliest tokens after the prompts are {found[OURS]} for {OURS} "
                     f"and {tokens} for {system}; they are not of one model"

@@ -289,3 +289,19 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
         open_weights(tmp_path),
     ):
         pass
+
+
+def test_every_byte_of_a_budget_is_promised_to_something(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "mixtral")
+    budget = 260 * 2**20
+    with load_offloaded(folder, OffloadRequest(f"{budget}B", NUM_POSITIONS)) as offloaded:
+        tier, plan = offloaded.tier, offloaded.plan
+        assert tier.capacity_bytes == budget
+        assert tier.reserved["experts"] == sum(cache.pool.num_bytes for cache in offloaded.caches.values())
+        assert tier.reserved["resident weights"] == plan.tier.core_bytes
+        assert tier.reserved["keys and values"] == plan.tier.kv_bytes > 0
+        assert tier.reserved_bytes == plan.tier.used_bytes <= budget
+        generate_logits(offloaded.model, offloaded.execution)
+        assert tier.used_bytes <= budget
+    with load_offloaded(folder, OffloadRequest("80%", NUM_POSITIONS)) as offloaded:
+        assert offloaded.tier.capacity_bytes is None

@@ -23,13 +23,14 @@ from moesys.kernels import (
     native,
     use_kernel,
 )
-from moesys.kernels.choice import Obstacle, choose_kernel, is_torch_certain, read_wish
+from moesys.kernels.choice import Obstacle, choose_kernel, hold_environment, is_torch_certain, read_wish
 from moesys.kernels.products import api as products
 from moesys.moe import Execution, LocalDispatcher, MoEConfig, MoELayer, ResidentSource
 
 NATIVE_FUNCTIONS = (
-    "choose_top_k", "compute_experts", "compute_experts_summed", "compute_linear", "compute_product", "group_by_expert",
-    "sum_rows", "weigh_choice",
+    "choose_and_weigh", "choose_top_k", "compute_experts", "compute_experts_summed", "compute_linear",
+    "compute_product", "compute_rms_norm", "compute_rms_norm_pair", "group_by_expert", "rotate_pairs", "sum_rows",
+    "weigh_choice",
 )  # fmt: skip
 
 
@@ -176,8 +177,7 @@ def test_the_kernel_of_an_execution_computes_the_whole_layer(native_calls: list[
     with torch.no_grad():
         layer(x, execution)
         steps = {
-            "choose_top_k",
-            "weigh_choice",
+            "choose_and_weigh",
             "group_by_expert",
             "compute_experts_summed",
             "compute_linear",
@@ -199,6 +199,20 @@ def test_use_kernel_reaches_products_and_the_loss(native_calls: list[str]) -> No
     assert not native_calls
     linear_cross_entropy(hidden, weight, torch.arange(6), 4).backward()
     assert set(native_calls) == {"compute_product"}
+
+
+def test_the_environment_is_looked_at_once_while_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESYS_KERNEL", "torch")
+    with hold_environment(), hold_environment():
+        monkeypatch.setenv("MOESYS_KERNEL", "reference")
+        assert read_wish() is Kernel.TORCH
+        with use_kernel(Kernel.NATIVE):
+            assert read_wish() is Kernel.NATIVE
+        assert read_wish() is Kernel.TORCH
+    assert read_wish() is Kernel.REFERENCE
+    monkeypatch.setenv("MOESYS_KERNEL", "fastest")
+    with pytest.raises(KernelError, match="MOESYS_KERNEL is 'fastest'"), hold_environment():
+        pass
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from moesys.errors import ShapeError
 from moesys.kernels import Kernel, rms_norm, use_kernel
-from moesys.kernels.rms_norm import closed_form, native, reference
+from moesys.kernels.rms_norm import closed_form, native, reference, rms_norm_pair
 
 EPSILON = 1e-5
 
@@ -125,3 +125,46 @@ def test_torch_computes_what_the_native_kernel_does_not_take() -> None:
     with use_kernel(Kernel.TORCH):
         assert not native.takes(x, weight)
         assert torch.equal(rms_norm(x, weight, EPSILON), closed_form.rms_norm(x, weight, EPSILON))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (3, 1)])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 300), (2, 5), (0, 3)])
+def test_a_pair_has_the_bits_of_two_norms(
+    rows: tuple[int, int], groups: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Where the columns are a part of wider rows, as queries and keys are beside values."""
+    sizes = (20, 35)
+    widths = (sizes[0] * groups[0], sizes[1] * groups[1])
+    x = make_inputs((*rows, sum(widths) + 9), dtype)[0][..., : sum(widths)]
+    weights = (torch.rand(sizes[0]).to(dtype), torch.rand(sizes[1]).to(dtype))
+    assert native.takes_pair(x, weights)
+    pair = rms_norm_pair(x, weights, widths, EPSILON)
+    for part, whole, weight, size in zip(
+        pair.split(widths, dim=-1), x.split(widths, dim=-1), weights, sizes, strict=True
+    ):
+        expected = rms_norm(whole.unflatten(-1, (-1, size)), weight, EPSILON).flatten(-2)
+        assert torch.equal(part, expected)
+    with use_kernel(Kernel.TORCH):
+        tolerance = 4 * torch.finfo(dtype).eps
+        in_torch = rms_norm_pair(x, weights, widths, EPSILON)
+        torch.testing.assert_close(pair, in_torch, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+def test_gradcheck_of_a_pair(groups: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 3 * groups[0] + 2 * groups[1], dtype=torch.float64, requires_grad=True)
+    weights = tuple(torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (3, 2))
+    widths = (3 * groups[0], 2 * groups[1])
+    assert torch.autograd.gradcheck(
+        lambda x, first, second: rms_norm_pair(x, (first, second), widths, EPSILON), (x, *weights)
+    )
+
+
+@pytest.mark.parametrize(
+    ("widths", "sizes"), [((4, 4), (4, 3)), ((4, 3), (4, 3)), ((5, 3), (2, 3)), ((8, 0), (4, 0))]
+)
+def test_parts_that_do_not_fit_are_refused(widths: tuple[int, int], sizes: tuple[int, int]) -> None:
+    weights = (torch.ones(sizes[0]), torch.ones(sizes[1]))
+    with pytest.raises(ShapeError, match=r"must divide the widths .* add up to the columns of x \(8\)"):
+        rms_norm_pair(torch.ones(1, 8), weights, widths, EPSILON)

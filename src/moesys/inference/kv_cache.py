@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from moesys.inference.decode_attention import PIECE_TOKENS, Piece, PieceReader, attend_one
 from moesys.inference.pages import PagePool
+from moesys.kernels.attention import PageTable, attend_pages, reads_in_place
 from moesys.models import SoftmaxRule, compute_attention
 from moesys.models.attend import Recurrence, State
 
@@ -142,13 +144,17 @@ class CachedAttend:
         for tensor, new in zip(cached, (k,) if v is None else (k, v), strict=True):
             tensor.index_copy_(0, self._rows, new[0])
         keys = cached[0]
+        if len(self._lone_rows) == q.shape[1] and self._reads_in_place(q, cached, rule):
+            return self._attend_in_place(q[0], cached, rule)[None]
         values = keys[..., : rule.value_size] if v is None else cached[1]
         y_THD = q.new_empty(*q.shape[1:3], values.shape[2])
         for block in self._blocks:
             if block.num_new > 1:
                 own = None if v is None else values
                 y_THD[block.start : block.end] = self._attend_tokens(block, q, keys, own, rule)
-        if self._lone_rows:
+        if self._lone_rows and self._reads_in_place(q, cached, rule):
+            y_THD[self._lone_rows] = self._attend_in_place(q[0, self._lone_rows], cached, rule)
+        elif self._lone_rows:
             self._attend_lone_tokens(y_THD, q, keys, values, rule)
         return y_THD[None]
 
@@ -166,6 +172,31 @@ class CachedAttend:
         for span, states in zip(self._spans, self._states, strict=True):
             span.cache.states.update(states)
             span.cache.length = span.stop
+
+    @cached_property
+    def _table(self) -> PageTable:
+        """Where lone tokens find what they see."""
+        lone = [block for block in self._blocks if block.num_new == 1]
+        pages, stops = [block.cache.pages for block in lone], [block.stop for block in lone]
+        return PageTable.from_lists(self._pool.page_tokens, pages, stops, self._pool.device)
+
+    def _reads_in_place(self, q: Tensor, cached: Sequence[Tensor], rule: SoftmaxRule) -> bool:
+        keys, *values = cached
+        return reads_in_place(q, keys, values[0] if values else None, self._table, rule.sinks_H)
+
+    def _attend_in_place(self, q_THD: Tensor, cached: Sequence[Tensor], rule: SoftmaxRule) -> Tensor:
+        """Attends with lone tokens by a kernel that copies nothing."""
+        keys, *values = cached
+        return attend_pages(
+            q_THD,
+            keys,
+            values[0] if values else None,
+            self._table,
+            scale=rule.scale,
+            value_size=rule.value_size,
+            sliding_window=rule.sliding_window,
+            sinks_H=rule.sinks_H,
+        )
 
     def _attend_lone_tokens(
         self, y_THD: Tensor, q: Tensor, keys: Tensor, values: Tensor, rule: SoftmaxRule

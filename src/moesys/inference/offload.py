@@ -35,6 +35,7 @@ from moesys.moe import (
 from moesys.store import (
     CacheStats,
     ChecksumRecord,
+    HostTier,
     Section,
     SectionCache,
     SectionReader,
@@ -51,6 +52,7 @@ class OffloadedModel:
     """A model whose experts come and go, ready for an `Engine`.
 
     experts:    on the disk; ``plan.tier.num_experts`` of them fit in memory.
+    tier:       what of the budget is promised to what.
     caches:     one for each shape of experts.
     recorder:   what every layer asked for so far; None where that is not recorded.
     predictor:  what is read ahead on a guess, and how often that was right; None where nothing is guessed.
@@ -60,6 +62,7 @@ class OffloadedModel:
     execution: Execution
     experts: ExpertSections
     plan: OffloadPlan
+    tier: HostTier
     caches: Mapping[SlotLayout, SectionCache[SlotPool]]
     recorder: RoutingRecorder | None
     predictor: ScoredPredictor | None
@@ -152,7 +155,8 @@ def load_offloaded(
                 on_read=None if trace is None else trace.record_read,
             )
         )
-        caches = _make_caches(weights.experts, plan, reader, profile)
+        tier = _open_tier(reader, plan)
+        caches = _make_caches(weights.experts, plan, tier, profile)
         model = weights.load_resident(on_progress)
         predictor = stack.enter_context(_open_predictor(model, caches.values())) if request.predicts else None
         layers = {
@@ -176,6 +180,7 @@ def load_offloaded(
             Execution(LocalDispatcher(), source if recorder is None else recorder),
             weights.experts,
             plan,
+            tier,
             caches,
             recorder,
             predictor,
@@ -192,8 +197,19 @@ def _open_predictor(model: Decoder, caches: Collection[SectionCache[SlotPool]]) 
         yield ScoredPredictor(early, lambda key: any(cache.is_here(key) for cache in caches))
 
 
+def _open_tier(reader: SectionReader, plan: OffloadPlan) -> HostTier:
+    """Promises the budget to all but the slots; where it is a share, what lies beside the weights is no part of it."""
+    spent, budget = plan.tier, plan.tier.budget
+    tier = HostTier(reader, None if budget.is_share else budget.size_bytes)
+    tier.reserve("resident weights", spent.core_bytes)
+    tier.reserve("keys and values", spent.kv_bytes)
+    tier.reserve("a step", spent.step_bytes)
+    tier.reserve("loading and libraries", max(0, spent.reserve_bytes - reader.staging_bytes))
+    return tier
+
+
 def _make_caches(
-    experts: ExpertSections, plan: OffloadPlan, reader: SectionReader, usage: UsageProfile | None
+    experts: ExpertSections, plan: OffloadPlan, tier: HostTier, usage: UsageProfile | None
 ) -> dict[SlotLayout, SectionCache[SlotPool]]:
     sections: dict[SlotLayout, dict[ExpertKey, Section]] = {layout: {} for layout in experts.layouts.values()}
     for key, section in experts.sections.items():
@@ -201,9 +217,9 @@ def _make_caches(
     sizes = {layout: [s.num_bytes for s in of_layout.values()] for layout, of_layout in sections.items()}
     return {
         layout: SectionCache(
-            SlotPool(num_slots, layout.part_shapes),
+            tier.allocate_slots("experts", num_slots, layout.part_shapes),
             sections[layout],
-            reader,
+            tier.reader,
             make_policy(plan.request.policy, usage),
         )
         for layout, num_slots in divide_slots(plan, sizes).items()

@@ -51,6 +51,7 @@ FindObstacle = Callable[[], Obstacle | None]
 """Returns why an implementation cannot take the call at hand; None when it can."""
 
 _ambient: ContextVar[Kernel] = ContextVar("moesys_kernel", default=Kernel.AUTO)
+_held: ContextVar[Kernel | None] = ContextVar("moesys_kernel_of_environment", default=None)
 _in_force: tuple[Kernel, ...] = ()
 """What `use_kernel` asks for now, in all threads: ``torch.compile`` can guard this, and no context variable."""
 _in_force_lock = Lock()
@@ -105,6 +106,25 @@ def read_wish() -> Kernel:
     ambient = _ambient.get()
     if ambient is not Kernel.AUTO:
         return ambient
+    return _held.get() or _read_environment()
+
+
+def hold_environment() -> AbstractContextManager[None]:
+    """Lets `read_wish` look at the environment once for all calls inside, in this thread or task: operators of one
+    token are so short that the look is a tenth of them."""
+    return nullcontext() if _held.get() is not None else _hold_environment()
+
+
+@contextmanager
+def _hold_environment() -> Iterator[None]:
+    token = _held.set(_read_environment())
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def _read_environment() -> Kernel:
     name = env.read_kernel()
     try:
         return _KERNELS[name]

@@ -146,7 +146,9 @@ class Attention(Mixer):
         assert rotation is not None
         c = self.config
         # Queries and keys stay side by side: half as many operations, which is what one token costs.
-        qk, v = self.qkv_proj(x_BSD).split([self.widths[0] + self.widths[1], self.widths[2]], dim=-1)
+        qk, v = self.qkv_proj(x_BSD).split_with_sizes(
+            [self.widths[0] + self.widths[1], self.widths[2]], dim=-1
+        )
         if c.qk_norm is QKNorm.WHOLE:
             qk = self._normalize(qk)
         if c.qkv_clip is not None:
@@ -155,12 +157,13 @@ class Attention(Mixer):
             qk = self._normalize(qk)
         batch, sequence, _ = x_BSD.shape
         qk, v = (heads.view(batch, sequence, -1, c.head_dim) for heads in (qk, v))
-        q, k = apply_rotation(qk, rotation, c.rope).split([c.num_heads, c.num_kv_heads], dim=-2)
+        q, k = apply_rotation(qk, rotation, c.rope).split_with_sizes([c.num_heads, c.num_kv_heads], dim=-2)
         y = attend(self.layer_id, q, k, v, SoftmaxRule(c.scale, c.sliding_window, self.sinks_H))
         return self.o_proj(y.flatten(-2))
 
     def _normalize(self, qk: Tensor) -> Tensor:
-        assert self.q_norm is not None
-        assert self.k_norm is not None
-        weights = (self.q_norm.weight, self.k_norm.weight)
-        return rms_norm_pair(qk, weights, (self.widths[0], self.widths[1]), self.q_norm.epsilon)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        assert q_norm is not None
+        assert k_norm is not None
+        q_width, k_width, _ = self.widths
+        return rms_norm_pair(qk, (q_norm.weight, k_norm.weight), (q_width, k_width), q_norm.epsilon)

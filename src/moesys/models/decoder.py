@@ -5,6 +5,7 @@ Plain single-device PyTorch. What tokens see (`Attend`) and how experts are reac
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moesys.kernels import Int8Weight, Kernel, linear
+from moesys.kernels.choice import hold_environment
 from moesys.models.attend import Attend
 from moesys.models.config import DecoderConfig, DenseConfig
 from moesys.models.rotary import Rotation, compute_rotation
@@ -60,11 +62,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """Returns the residual stream and, for a MoE layer, its Routing."""
         x_BSD = self._add(x_BSD, self.mixer(self.input_norm(x_BSD), rotation, attend))
-        normed_BSD = self.post_mixer_norm(x_BSD)
-        if isinstance(self.feed_forward, MoELayer):
-            y_BSD, routing = self.feed_forward(normed_BSD, execution)
+        normed_BSD, feed_forward = self.post_mixer_norm(x_BSD), self.feed_forward
+        if isinstance(feed_forward, MoELayer):
+            y_BSD, routing = feed_forward(normed_BSD, execution)
             return self._add(x_BSD, y_BSD), routing
-        return self._add(x_BSD, self.feed_forward(normed_BSD)), None
+        return self._add(x_BSD, feed_forward(normed_BSD)), None
 
     def _add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
         return x_BSD + (y_BSD if self.residual_scale == 1.0 else y_BSD * self.residual_scale)
@@ -91,6 +93,13 @@ class Decoder(nn.Module):
         """Runs (batch, sequence) int64 tokens at their positions; without an `Execution` everything is resident."""
         if execution is None:
             execution = self.make_resident_execution()
+        # A compiler cannot follow context variables, and reads the environment once anyway.
+        with nullcontext() if torch.compiler.is_compiling() else hold_environment():
+            return self._run_blocks(token_ids_BS, positions_BS, attend, execution)
+
+    def _run_blocks(
+        self, token_ids_BS: Tensor, positions_BS: Tensor, attend: Attend, execution: Execution
+    ) -> DecoderOutput:
         ropes = [mixer.rope for mixer in self.config.mixers]
         rotations = {
             rope: None if rope is None else compute_rotation(positions_BS, rope) for rope in set(ropes)

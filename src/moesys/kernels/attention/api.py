@@ -16,6 +16,13 @@ _IMPLEMENTATIONS = {
 }
 
 
+def reads_in_place(
+    q_THD: Tensor, keys: Tensor, values: Tensor | None, table: PageTable, sinks_H: Tensor | None
+) -> bool:
+    """Whether `attend_pages`, left the choice, reads such keys and values where they lie, and does not gather them."""
+    return native.is_plain_call(q_THD, keys, values, table, sinks_H)
+
+
 def attend_pages(
     q_THD: Tensor,
     keys: Tensor,
@@ -32,8 +39,8 @@ def attend_pages(
 
     q_THD:           (queries, heads, key_size) float. Queries are few per sequence: each reads all its tokens.
     keys:            (rows, kv_heads, key_size) float, the memory of all pages; kv_heads divides heads.
-    values:          (rows, kv_heads, value_size), the dtype of ``keys``; None where the first ``value_size`` elements of
-                     each key are its value.
+    values:          (rows, kv_heads, value_size), the dtype of ``keys``; None where the first ``value_size`` elements
+                     of each key are its value.
     sliding_window:  tokens that a query sees at most, its own included; None for all up to its own.
     sinks_H:         (heads,) float: one more score per head, not scaled, that takes part in the softmax and has no
                      value.

@@ -24,18 +24,22 @@ def compute_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def compute_rms_norm_pair(
-    x_RC: Tensor, weights: tuple[Tensor, Tensor], widths: tuple[int, int], epsilon: float
+    x: Tensor, weights: tuple[Tensor, Tensor], widths: tuple[int, int], epsilon: float
 ) -> Tensor:
-    """Computes both parts of (rows, columns), contiguous in the result. Rows of x may lie apart, as part of wider ones.
-    weights: contiguous, in the dtype of x; as many numbers as a group of their part has, of which ``widths`` holds a
-    whole number."""
-    y_RC = torch.empty(x_RC.shape, dtype=x_RC.dtype, device="cpu")
+    """Computes both parts of (..., columns), contiguous in the result.
+
+    x: contiguous, or (..., rows, columns) with dimensions of size 1 before, whose rows may lie apart as part of wider
+    ones. weights: contiguous, in the dtype of x; as many numbers as a group of their part has, of which ``widths`` holds
+    a whole number.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     first, second = weights
-    sizes = (first.shape[0], second.shape[0])
+    columns, first_size, second_size = x.shape[-1], first.shape[0], second.shape[0]
+    row_stride = columns if x.is_contiguous() else x.stride(-2)
     call = RMSNormCall(
-        x_RC.data_ptr(), x_RC.stride(0), first.data_ptr(), sizes[0], widths[0] // sizes[0], second.data_ptr(), sizes[1],
-        widths[1] // sizes[1], x_RC.dtype is torch.bfloat16, x_RC.shape[0], epsilon, y_RC.data_ptr(),
+        x.data_ptr(), row_stride, first.data_ptr(), first_size, widths[0] // first_size, second.data_ptr(), second_size,
+        widths[1] // second_size, x.dtype is torch.bfloat16, x.numel() // max(1, columns), epsilon, y.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     load_library().moesys_rms_norm(ctypes.byref(call))
-    return y_RC
+    return y

@@ -36,9 +36,7 @@ def rms_norm_pair(
     holds its weight several times is as many groups, normalised one by one. Returns the shape and dtype of ``x``.
     Raises `ShapeError`.
     """
-    divides = [weight.ndim == 1 and 0 < weight.shape[0] and width % weight.shape[0] == 0
-               for width, weight in zip(widths, weights, strict=True)]  # fmt: skip
-    if not all(divides) or sum(widths) != x.shape[-1]:
+    if sum(widths) != x.shape[-1] or not all(map(_divides, weights, widths)):
         raise ShapeError(
             f"the norms' weights {[tuple(weight.shape) for weight in weights]} must divide the widths {widths}, and "
             f"these add up to the columns of x ({x.shape[-1]})"
@@ -47,6 +45,10 @@ def rms_norm_pair(
         return native.rms_norm_pair(x, weights, widths, epsilon)
     parts = zip(x.split(widths, dim=-1), weights, strict=True)
     return torch.cat([_normalize_groups(part, weight, epsilon) for part, weight in parts], dim=-1)
+
+
+def _divides(weight: Tensor, width: int) -> bool:
+    return weight.ndim == 1 and weight.shape[0] > 0 and width % weight.shape[0] == 0
 
 
 def _normalize_groups(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

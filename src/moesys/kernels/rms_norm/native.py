@@ -29,7 +29,7 @@ def takes_pair(x: Tensor, weights: tuple[Tensor, Tensor]) -> bool:
     first, second = weights
     dtype = x.dtype
     same = dtype in _DTYPES and first.dtype is dtype and second.dtype is dtype
-    return same and x.stride(-1) == 1 and is_inference_call(x, first, second)
+    return same and x.ndim > 1 and x.stride(-1) == 1 and is_inference_call(x, first, second)
 
 
 def rms_norm_pair(
@@ -38,6 +38,6 @@ def rms_norm_pair(
     """See `moesys.kernels.rms_norm.api.rms_norm_pair`."""
     require_threads()
     first, second = weights
-    x_RC = x.reshape(-1, x.shape[-1])
-    y_RC = native.compute_rms_norm_pair(x_RC, (first.contiguous(), second.contiguous()), widths, epsilon)
-    return y_RC.view(x.shape)
+    if not (x.is_contiguous() or x.numel() == x.shape[-2] * x.shape[-1]):
+        x = x.contiguous()
+    return native.compute_rms_norm_pair(x, (first.contiguous(), second.contiguous()), widths, epsilon)

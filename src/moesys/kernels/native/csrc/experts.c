@@ -7,12 +7,14 @@
 
 #include "blocks.h"
 #include "operands.h"
+#include "panels.h"
 #include "row_sum.h"
 
 #define UNITS 32         // inner units per block, two weight rows each with a gate
 #define UNITS_INT8 64    // a whole group, which is rounded where it is computed
 #define LARGEST_UNITS 64
 #define BLOCK_COLUMNS 64
+#define BLOCK_ROWS 64  // weight rows of a block of either phase
 
 // In the order of `_ACTIVATIONS` in library.py.
 enum activation { SWIGLU, CLAMPED_SWIGLU, GELU, RELU };
@@ -68,8 +70,9 @@ static void activate(const experts_call *c, int rows, int units, unit_rows gate,
 
 // Units [unit, unit + count) of a tile's assignments, `width` of them at a time, half of the weight rows gates if that is
 // half of TILE_COLUMNS.
-INLINE void multiply_units(const experts_call *c, int64_t slot, const row_tile *x, int64_t unit, int count,
-                           const int width, unit_rows gate, unit_rows up) {
+static void multiply_units(const experts_call *c, int64_t slot, const row_tile *x, int64_t unit, int count,
+                           unit_rows gate, unit_rows up) {
+  int width = has_gate(c) ? TILE_COLUMNS / 2 : TILE_COLUMNS;
   for (int u = 0; u < count; u += width) {
     int64_t columns[TILE_COLUMNS];
     float result[TILE_ROWS][TILE_COLUMNS];
