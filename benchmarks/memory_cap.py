@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+_PREFIX = "moesys-"
 
 
 class CapUnavailableError(RuntimeError):
@@ -68,7 +69,9 @@ def memory_cap(
     The system ends a process that needs more than that. Raises `CapUnavailableError`.
     """
     home = find_own_group(cgroups, own_groups)
-    group = find_parent(home).make_child(f"moesys-{os.getpid()}")
+    parent = find_parent(home)
+    remove_abandoned(parent)
+    group = parent.make_child(f"{_PREFIX}{os.getpid()}")
     try:
         group.limit(num_bytes)
         group.join()
@@ -113,6 +116,14 @@ def find_parent(home: MemoryGroup) -> MemoryGroup:
                 f"{parent} does not hand its memory controller on: {error.strerror}; run this as root"
             ) from None
     return MemoryGroup(parent, home.limit_file)
+
+
+def remove_abandoned(parent: MemoryGroup) -> None:
+    """Removes the groups of processes that were ended inside and could not."""
+    for path in parent.path.glob(f"{_PREFIX}*"):
+        if not Path("/proc", path.name.removeprefix(_PREFIX)).exists():
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _find_folder(mount: Path, path: str) -> Path:

@@ -11,7 +11,7 @@ from decode_peers.replay import ReplayTape
 from decode_peers.traffic import Traffic, count_best_loads, count_replayed_loads
 from decode_peers.workload import Feed, Format, Phase, Task
 from moesys.checkpoint import load_model
-from moesys.inference import Engine, OffloadedModel, SequenceStep, load_offloaded
+from moesys.inference import Engine, OffloadedModel, SequenceStep, Watch, load_offloaded
 from moesys.inference.generate import PREFILL_TOKENS
 from moesys.inference.offload_plan import OffloadRequest
 from moesys.models import Decoder
@@ -35,7 +35,7 @@ def open_system(variant: str, task: Task) -> Iterator[OurDecoding]:
         num_positions=max(phase.num_positions for phase in task.phases),
         batch_size=max(phase.batch for phase in task.phases),
     )
-    with load_offloaded(path, request, records=True) as offloaded:
+    with load_offloaded(path, request, watch=Watch(records=True)) as offloaded:
         yield OurDecoding(offloaded.model, offloaded.execution, offloaded.plan.prefill_tokens, offloaded, log)
 
 

@@ -40,7 +40,7 @@ from decode_peers.workload import (
 )
 from harness import Measured, Outcome
 from make_checkpoint import SHAPES, make_checkpoint
-from memory_cap import CapUnavailableError, find_own_group, find_parent, memory_cap
+from memory_cap import CapUnavailableError, find_own_group, find_parent, memory_cap, remove_abandoned
 from moesys.moe.routing_log import RoutingLog
 
 TINY = SHAPES["tiny"]
@@ -438,6 +438,17 @@ def test_a_system_without_memory_groups_says_so(tmp_path: Path) -> None:
         find_own_group(tmp_path, groups)
     with pytest.raises(CapUnavailableError, match="no control groups"):
         find_own_group(tmp_path, tmp_path / "missing")
+
+
+def test_groups_of_processes_that_were_ended_are_removed(tmp_path: Path) -> None:
+    parent = find_own_group(*make_version_1(tmp_path))
+    ended, alive = parent.path / "moesys-999999999", parent.path / f"moesys-{os.getpid()}"
+    for path in (ended, alive, parent.path / "others"):
+        path.mkdir()
+    remove_abandoned(parent)
+    assert not ended.exists()
+    assert alive.exists()
+    assert (parent.path / "others").exists()
 
 
 def test_a_process_that_needs_more_than_its_cap_is_ended() -> None:

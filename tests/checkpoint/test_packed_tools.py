@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from family_keys import FAMILY_KEYS
 from model_folders import write_model
-from moesys.checkpoint import Part
+from moesys.checkpoint import Part, save_model
 from moesys.checkpoint.hf import load_model as load_folder
 from moesys.checkpoint.inventory import read_inventory
 from moesys.checkpoint.layout import read_layout
@@ -19,11 +19,14 @@ from moesys.checkpoint.load import load_model
 from moesys.checkpoint.packed_form import PackedForm
 from moesys.checkpoint.packing import pack_model
 from moesys.checkpoint.text_model import load_text_model, read_chat_templates, read_text_tools
+from moesys.checkpoint.verification import compare_weights
 from moesys.checkpoint.weight_check import check_weights
 from moesys.data import train_tokenizer
 from moesys.errors import DataError, ModelFormatError, SectionReadError
 from moesys.kernels import Int8Product, Int8Weight
-from moesys.models import Decoder
+from moesys.models import Decoder, choose_family
+from moesys.moe import ExpertBank, MoELayer
+from moesys.moe.source import quantize_bank
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -157,3 +160,45 @@ def test_a_check_finds_damage(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(contents)
     with pytest.raises(SectionReadError, match=r"layer 0, expert 0 .*checksum"):
         check_weights(tmp_path / "file")
+
+
+def test_a_check_finds_a_damaged_tokenizer(tmp_path: Path) -> None:
+    pack_model(write_text_model(tmp_path / "model"), tmp_path / "file")
+    assert check_weights(tmp_path / "file").found == ()
+    contents = (tmp_path / "file").read_bytes()
+    tokenizer = (tmp_path / "model" / "tokenizer.json").read_bytes()
+    assert contents.count(tokenizer) == 1
+    damaged = bytearray(contents)
+    damaged[contents.index(tokenizer) + 20] ^= 16
+    (tmp_path / "file").write_bytes(damaged)
+    with pytest.raises(ModelFormatError, match=r"files/tokenizer\.json in .* differs from its checksum"):
+        check_weights(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("llama", "blocks.0.mixer.qkv_proj"), ("mixtral", "blocks.0.mixer.qkv_proj")]
+)
+def test_int8_weights_are_not_exported(name: str, first: str, tmp_path: Path) -> None:
+    """Buffers are no parameters: without the refusal a folder without matrices would be written."""
+    write_model(tmp_path / "model", FAMILY_KEYS[name])
+    pack_model(tmp_path / "model", tmp_path / "file", form=PackedForm.INT8)
+    model = load_model(tmp_path / "file")
+    (tmp_path / "written").mkdir()
+    message = rf"{first} holds int8 weights, .* take the model folder that these were packed from"
+    with pytest.raises(ModelFormatError, match=message):
+        save_model(model, tmp_path / "written", torch.bfloat16, {})
+    assert list((tmp_path / "written").iterdir()) == []
+    with pytest.raises(ModelFormatError, match=message):
+        compare_weights(model, choose_family(model.config), tmp_path / "model", torch.float32)
+
+
+def test_int8_experts_are_not_exported(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", FAMILY_KEYS["mixtral"])
+    model = load_model(tmp_path / "model")
+    layer = model.get_submodule("blocks.1.feed_forward")
+    assert isinstance(layer, MoELayer)
+    assert isinstance(layer.experts, ExpertBank)
+    layer.experts = quantize_bank(layer.experts)
+    (tmp_path / "written").mkdir()
+    with pytest.raises(ModelFormatError, match=r"blocks\.1\.feed_forward\.experts holds int8 weights"):
+        save_model(model, tmp_path / "written", torch.float32, {})

@@ -37,6 +37,25 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def read_sorted(path: Path) -> list[dict[str, Any]]:
+    """Results in the order of their prompts."""
+    return sorted(read(path), key=lambda result: result["line"])
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    """Makes a batch end with Ctrl-C."""
+    take_step, left = batches.BatchRun._step, num_steps
+
+    def stop(self: batches.BatchRun) -> list[batches.BatchResult]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return take_step(self)
+
+    monkeypatch.setattr(batches.BatchRun, "_step", stop)
+
+
 def refuse_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes reading weights a failure."""
 
@@ -50,16 +69,25 @@ def test_results_do_not_depend_on_the_number_of_texts_at_once(
     model: Path, prompts: Path, tmp_path: Path, moesys_command: Call
 ) -> None:
     outputs = {}
-    for name, more in (("one", ("--batch-size", "1")), ("all", ()), ("capped", ("--host-memory", "500MiB"))):
+    budget = ("--host-memory", "500MiB")
+    for name, more in (
+        ("one", ("--batch-size", "1")),
+        ("all", ()),
+        ("capped", budget),
+        ("capped to three", (*budget, "--batch-size", "3")),
+        ("capped to one", (*budget, "--batch-size", "1")),
+    ):
         output = tmp_path / f"{name}.jsonl"
         answer = moesys_command("generate", model, "--batch", prompts, "--output", output, "-n", "5", *more)
         assert answer.status == 0, answer.err
         assert answer.out == ""
         assert f"5 results in {output}:" in answer.err
-        assert ("expert uses found in memory" in answer.err) == (name == "capped")
-        outputs[name] = output.read_text()
-    assert outputs["one"] == outputs["all"] == outputs["capped"]
-    results = read(tmp_path / "all.jsonl")
+        assert ("expert uses found in memory" in answer.err) == name.startswith("capped")
+        assert ("tokens of 5 texts at once" in answer.error) == (name == "capped")
+        assert ("tokens of 3 texts at once" in answer.error) == (name == "capped to three")
+        outputs[name] = read_sorted(output)
+    assert all(results == outputs["one"] for results in outputs.values())
+    results = outputs["all"]
     assert [(r["line"], r["prompt"], r.get("id")) for r in results] == [
         (n, line["prompt"], line.get("id")) for n, line in enumerate(LINES, start=1)
     ]
@@ -74,7 +102,7 @@ def test_greedy_results_are_those_of_generate(
     output = tmp_path / "out.jsonl"
     assert moesys_command("generate", model, "--batch", prompts, "--output", output, *settings).status == 0
     alone = moesys_command("generate", model, "-p", "apples", *settings)
-    assert alone.out == f"apples{read(output)[4]['text']}\n"
+    assert alone.out == f"apples{read_sorted(output)[4]['text']}\n"
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(
@@ -95,17 +123,8 @@ def test_a_run_that_was_stopped_is_gone_on_with(
         )
 
     assert run("whole.jsonl").status == 0
-    take_step, left = batches.BatchRun._step, 6
-
-    def stop(self: batches.BatchRun) -> list[batches.BatchResult]:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        return take_step(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(batches.BatchRun, "_step", stop)
+        stop_after(patch, 6)
         assert run("out.jsonl").status == 130
     begun = read(tmp_path / "out.jsonl")
     assert 1 <= len(begun) < 5
@@ -114,7 +133,34 @@ def test_a_run_that_was_stopped_is_gone_on_with(
     answer = run("out.jsonl")
     assert answer.status == 0, answer.err
     assert f"{5 - len(begun)} results in" in answer.err
-    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert read_sorted(tmp_path / "out.jsonl") == read_sorted(tmp_path / "whole.jsonl")
+
+
+def test_a_long_text_does_not_hold_up_the_results_of_short_ones(
+    model: Path, tmp_path: Path, moesys_command: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"prompt": "a", "max_new_tokens": 12}, *({"prompt": "b", "max_new_tokens": 1} for _ in range(4))]
+    output = tmp_path / "out.jsonl"
+    command = ("generate", model, "--batch", write_prompts(tmp_path, lines), "--output", output)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert moesys_command(*command, "--batch-size", "2", "--temperature", "0").status == 130
+    assert {2, 3, 4, 5} <= {result["line"] for result in read(output)}
+    assert moesys_command(*command, "--temperature", "0").status == 0
+    assert [result["line"] for result in read_sorted(output)] == [1, 2, 3, 4, 5]
+
+
+def test_results_of_another_arithmetic_are_not_mixed_with(
+    model: Path, prompts: Path, tmp_path: Path, moesys_command: Call
+) -> None:
+    int8 = tmp_path / "int8.packed"
+    assert moesys_command("pack", model, "--to", int8, "--dtype", "int8").status == 0
+    command = ("generate", int8, "--batch", prompts, "--output", tmp_path / "out.jsonl", "-n", "2")
+    assert moesys_command(*command).status == 0
+    assert "already" in moesys_command(*command, "--product", "w8").err
+    other = moesys_command(*command, "--product", "w8a8")
+    assert other.status == 1
+    assert 'written under other settings: product was "w8" and is "w8a8"' in other.error
 
 
 def test_nothing_is_loaded_when_nothing_is_left(
@@ -198,3 +244,37 @@ def test_a_chat_keeps_to_its_context(
         answer = moesys_command("chat", model, "--context", context)
         assert answer.status == 1
         assert f"context ({context}) must be 2 to 16, which the model was made for" in answer.error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-n", "0"], "max_new_tokens (0) must be 1 or more"),
+        (["-n", "-5"], "max_new_tokens (-5) must be 1 or more"),
+        (["-n", "14", "--context", "14"], "max_new_tokens (14) must be less than the context (14)"),
+        (["-n", "16"], "max_new_tokens (16) must be less than the context (16)"),
+    ],
+)
+def test_an_answer_that_leaves_no_message_is_refused_before_weights_are_read(
+    options: list[str], message: str, model: Path, moesys_command: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_weights(monkeypatch)
+    answer = moesys_command("chat", model, *options)
+    assert answer.status == 1
+    assert message in answer.error
+
+
+def test_a_chat_goes_on_after_a_line_that_is_too_long(
+    train: Call, tmp_path: Path, moesys_command: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train("data.sequence_length=64").status == 0
+    assert moesys_command("export", tmp_path / "run", "--to", tmp_path / "model").status == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hi\n{'many words ' * 40}\nhi\n\n"))
+    usage = tmp_path / "usage.json"
+    answer = moesys_command(
+        "chat", tmp_path / "model", "-n", "3", "--host-memory", "500MiB", "--usage", usage
+    )
+    assert answer.status == 0, answer.err
+    assert answer.err.count("error: the message needs") == 1
+    assert answer.err.count("new tokens at") == 2
+    assert usage.exists()

@@ -101,11 +101,10 @@ def test_what_a_run_within_a_budget_writes(model: Path, moesys_command: Call, tm
     assert answer.status == 0, answer.err
     assert answer.out == moesys_command("generate", model, *TEXT).out
     stats = json.loads(files["stats"].read_text())
-    assert stats["decode"]["num_tokens"] == 11
-    assert 0 < stats["policy_share"] <= 1
-    assert stats["prefill"]["disk_bytes_per_token"] > 0
-    assert stats["guesses"]["num_guessed"] >= stats["guesses"]["num_right"]
-    events = json.loads(files["trace"].read_text())["traceEvents"]
+    assert stats["writing"]["num_tokens"] == 11
+    assert 0 < stats["writing"]["policy_share"] <= 1
+    assert stats["prompt"]["disk_bytes_per_token"] > 0
+    events = json.loads(files["trace"].read_text())
     assert {event["cat"] for event in events if event["ph"] == "X"} >= {"experts", "reading"}
     uses = json.loads(files["usage"].read_text())["counts"]
     log = RoutingLog.read(files["record"])
@@ -130,3 +129,46 @@ def test_an_offload_folder_holds_one_packed_copy(model: Path, moesys_command: Ca
         answer = moesys_command("generate", int8, *TEXT, "--host-memory", "90%", "--product", product)
         assert answer.status == 0, answer.err
         assert answer.out == moesys_command("generate", int8, *TEXT, "--product", product).out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host-memory", "1GiB", "--product", "w4"], "--product ('w4') must be w8 or w8a8"),
+        (["--host-memory", "1GiB", "--product", "w8a8"], "product w8a8 has no effect on the folder {model}"),
+        (["--host-memory", "1GiB", "--dtype", "bf16"], "moesys pack {model} --to FILE --dtype bf16"),
+        (["--host-memory", "1MiB"], "--host-memory 1.0 MiB is less than resident weights"),
+        (["--host-memory", "1 TB"], "--host-memory ('1 TB') must be a size above 0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_what_cannot_be_is_refused_before_a_copy_is_packed(
+    command: str,
+    options: list[str],
+    message: str,
+    model: Path,
+    moesys_command: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("packed")
+
+    monkeypatch.setattr("moesys.inference.packed_copy.pack_model", fail)
+    answer = moesys_command(command, model, *options, "--offload-dir", tmp_path / "packed")
+    assert answer.status == 1
+    assert message.format(model=model) in answer.error
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_packed_model_takes_no_offload_folder(model: Path, moesys_command: Call, tmp_path: Path) -> None:
+    packed = tmp_path / "model.packed"
+    assert moesys_command("pack", model, "--to", packed).status == 0
+    answer = moesys_command(
+        "generate", packed, *TEXT, "--host-memory", "90%", "--offload-dir", tmp_path / "fast"
+    )
+    assert answer.status == 1
+    assert (
+        f"--offload-dir {tmp_path / 'fast'} has no effect on {packed}, which is packed already"
+        in answer.error
+    )

@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from moesys.data import ChatTemplate, Tokenizer
 from moesys.errors import GenerationError, ModelFormatError
 from moesys.inference import ChatFormat, ChatSession, Engine, SamplingParams
+from moesys.inference.chat import choose_answer_tokens
 from moesys.inference.chat_format import Message
 
 TEMPLATE = (
@@ -199,9 +200,34 @@ def test_a_message_that_cannot_fit_is_an_error_and_forgotten(tokenizer: Tokenize
     with pytest.raises(
         GenerationError, match=r"needs 25 tokens and 2 are reserved .* context ends at 24; write less"
     ):
-        list(session.answer("🙃9" * 8))
+        session.answer("🙃9" * 8)
     list(session.answer("ok"))
     assert "🙃9" * 8 not in seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "chosen"),
+    [(None, 1000, 128), (None, 20, 10), (None, 2, 1), (1, 2, 1), (999, 1000, 999)],
+)
+def test_an_answer_leaves_room_for_a_message(asked: int | None, context: int, chosen: int) -> None:
+    assert choose_answer_tokens(asked, context) == chosen
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "message"),
+    [
+        (0, r"max_new_tokens \(0\) must be 1 or more"),
+        (-5, r"max_new_tokens \(-5\) must be 1 or more"),
+        (24, r"max_new_tokens \(24\) must be less than the context \(24\)"),
+        (5000, r"max_new_tokens \(5000\) must be less than the context \(24\)"),
+    ],
+)
+def test_an_answer_that_leaves_no_room_is_refused(
+    max_new_tokens: int, message: str, tokenizer: Tokenizer, chat_format: ChatFormat
+) -> None:
+    engine = Engine(make_decoder(vocab_size=tokenizer.vocab_size, max_positions=24))
+    with pytest.raises(GenerationError, match=message):
+        ChatSession(engine, tokenizer, chat_format, SamplingParams(1.0), max_new_tokens)
 
 
 def test_an_answer_that_was_broken_off_is_forgotten(tokenizer: Tokenizer) -> None:

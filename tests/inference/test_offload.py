@@ -18,6 +18,7 @@ from checkpoint.small_checkpoints import (
     quantise_fp8,
     write_quantised,
 )
+from made_profiles import make_profile
 from moesys.checkpoint import (
     AS_PUBLISHED,
     convert_model,
@@ -29,7 +30,7 @@ from moesys.checkpoint import (
 from moesys.errors import GenerationError, ModelFormatError, SectionReadError
 from moesys.inference import Engine, SequenceStep
 from moesys.inference.offload import load_offloaded
-from moesys.inference.offload_plan import OffloadRequest
+from moesys.inference.offload_plan import OffloadPlan, OffloadRequest, plan_offload
 from moesys.models import (
     AttentionConfig,
     Decoder,
@@ -41,6 +42,8 @@ from moesys.models import (
     initialize_weights,
 )
 from moesys.moe import Execution, MoEConfig, Normalization, Score
+from moesys.planning import Goal
+from moesys.planning.plan import BATCH_SIZES
 from moesys.store import SectionCache
 
 NUM_LAYERS, NUM_EXPERTS, NUM_POSITIONS = 3, 8, 40
@@ -165,6 +168,58 @@ def test_a_number_of_slots_is_part_of_the_plan(tmp_path: Path) -> None:
             load_offloaded(folder, OffloadRequest("1GiB", NUM_POSITIONS, num_slots=num_slots)),
         ):
             pass
+
+
+def plan_batch(folder: Path, host_memory: str, **changes: int) -> OffloadPlan:
+    request = OffloadRequest(host_memory, NUM_POSITIONS, goal=Goal.THROUGHPUT, **changes)
+    with open_weights(folder) as weights:
+        return plan_offload(folder, weights, request)
+
+
+def fits(folder: Path, host_memory: str, batch_size: int) -> bool:
+    try:
+        plan_batch(folder, host_memory, batch_size=batch_size)
+    except GenerationError:
+        return False
+    return True
+
+
+def test_throughput_without_a_measurement_takes_the_largest_batch_that_fits(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "mixtral")
+    assert plan_batch(folder, "100%").batch_size == 32
+    tier = plan_batch(folder, "1GiB", batch_size=11).tier
+    host_memory = f"{tier.used_bytes - tier.expert_bytes * 22 // 24}B"
+    fitting = [batch_size for batch_size in BATCH_SIZES if fits(folder, host_memory, batch_size)]
+    assert 1 < fitting[-1] < 32
+    assert plan_batch(folder, host_memory).batch_size == fitting[-1]
+    latency = OffloadRequest(host_memory, NUM_POSITIONS)
+    with load_offloaded(folder, latency) as offloaded:
+        assert offloaded.plan.batch_size == 1
+        assert "texts" not in offloaded.describe_plan()
+    with load_offloaded(folder, replace(latency, goal=Goal.THROUGHPUT)) as offloaded:
+        assert offloaded.plan.batch_size == fitting[-1]
+        assert f"for keys and values of {40 * fitting[-1]} tokens of {fitting[-1]} texts at once" in (
+            offloaded.describe_plan()
+        )
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_memory_is_kept_for_no_more_texts_than_there_are(
+    is_measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path, "mixtral")
+    if is_measured:
+        monkeypatch.setattr(
+            "moesys.inference.offload_plan.find_saved_profile",
+            lambda path: make_profile(layer_overhead_s=0.01),
+        )
+    assert plan_batch(folder, "1GiB").batch_size == 32
+    for num_texts in (1, 3, 8):
+        for batch_size in ({}, {"batch_size": 16}):
+            plan = plan_batch(folder, "1GiB", num_texts=num_texts, **batch_size)
+            assert plan.batch_size == num_texts
+            assert (plan.predicted is not None) == is_measured
+    assert plan_batch(folder, "1GiB", num_texts=30, batch_size=5).batch_size == 5
 
 
 @pytest.mark.parametrize(

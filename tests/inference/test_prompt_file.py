@@ -11,7 +11,9 @@ from tiny_decoders import make_tokenizer
 from moesys.errors import GenerationError
 from moesys.inference import SamplingParams
 from moesys.inference.batch_plan import describe_settings, plan_prompts
+from moesys.inference.model_digest import digest_model
 from moesys.inference.prompt_file import PromptLine, read_prompts
+from moesys.kernels import Int8Product
 
 
 def write(folder: Path, *lines: object) -> Path:
@@ -118,20 +120,52 @@ def test_lines_that_do_not_fit_the_model_are_listed() -> None:
 
 
 def test_settings_change_with_all_that_texts_depend_on(tmp_path: Path) -> None:
-    for name in ("config.json", "tokenizer.json", "model.safetensors", "README.md"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "README.md"):
         (tmp_path / name).write_text(name)
-    base = describe_settings(tmp_path, None, SamplingParams(), [], None)
+    base = describe_settings(tmp_path, None, SamplingParams(), [], None, None)
     assert json.loads(json.dumps(base)) == base
-    assert base == describe_settings(tmp_path, None, SamplingParams(), [], None)
+    assert base == describe_settings(tmp_path, None, SamplingParams(), [], None, Int8Product.W8)
     others = [
-        describe_settings(tmp_path, 5, SamplingParams(), [], None),
-        describe_settings(tmp_path, None, SamplingParams(0.5), [], None),
-        describe_settings(tmp_path, None, SamplingParams(seed=1), [], None),
-        describe_settings(tmp_path, None, SamplingParams(), ["x"], None),
-        describe_settings(tmp_path, None, SamplingParams(), [], "bf16"),
+        describe_settings(tmp_path, 5, SamplingParams(), [], None, None),
+        describe_settings(tmp_path, None, SamplingParams(0.5), [], None, None),
+        describe_settings(tmp_path, None, SamplingParams(seed=1), [], None, None),
+        describe_settings(tmp_path, None, SamplingParams(), ["x"], None, None),
+        describe_settings(tmp_path, None, SamplingParams(), [], "bf16", None),
+        describe_settings(tmp_path, None, SamplingParams(), [], None, Int8Product.W8A8),
     ]
-    (tmp_path / "README.md").write_text("more words")
-    assert describe_settings(tmp_path, None, SamplingParams(), [], None) == base
-    (tmp_path / "model.safetensors").write_text("others")
-    others.append(describe_settings(tmp_path, None, SamplingParams(), [], None))
     assert all(other != base for other in others)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+    ],
+)
+def test_a_models_digest_changes_with_each_file_that_a_text_depends_on(name: str, tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    without = digest_model(tmp_path)
+    (tmp_path / name).write_text("one")
+    with_one = digest_model(tmp_path)
+    (tmp_path / name).write_text("others")
+    assert len({without, with_one, digest_model(tmp_path)}) == 3
+    before = digest_model(tmp_path)
+    (tmp_path / "README.md").write_text("words")
+    assert digest_model(tmp_path) == before
+
+
+def test_a_packed_file_has_a_digest(tmp_path: Path) -> None:
+    path = tmp_path / "model.packed"
+    path.write_text("one")
+    before = digest_model(path)
+    path.write_text("others")
+    assert digest_model(path) != before

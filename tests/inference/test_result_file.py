@@ -1,4 +1,4 @@
-"""Result files: in order, whole lines whatever happens, resumed only under the settings that they were begun with."""
+"""Result files: each result at once, whole lines whatever happens, resumed under the settings of their beginning."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ def add(results: ResultFile, *indices: int) -> None:
         results.add(index, make_result(index))
 
 
-def test_results_are_written_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+def test_a_result_is_written_at_once_and_names_its_prompt(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with open_results(path, PROMPTS, SETTINGS) as results:
+        assert results.left == [0, 1, 2]
         add(results, 2)
-        assert read(path) == []
+        assert [record["line"] for record in read(path)] == [4]
+        assert results.left == [0, 1]
         add(results, 0)
-        assert [record["line"] for record in read(path)] == [1]
+        assert [record["line"] for record in read(path)] == [4, 1]
         add(results, 1)
-        assert results.num_done == 3
-    first, second, third = read(path)
+        assert results.left == []
+    third, first, second = read(path)
     assert first == {
         "line": 1,
         "prompt": "a",
@@ -60,14 +62,14 @@ def test_results_are_written_in_the_order_of_the_prompts(tmp_path: Path) -> None
 def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with open_results(path, PROMPTS, SETTINGS) as results:
-        add(results, 0, 2)
+        add(results, 2, 0)
     with open_results(path, PROMPTS, SETTINGS) as results:
-        assert results.num_done == 1
-        add(results, 1, 2)
-    with open_results(path, [*PROMPTS, PromptLine(5, "d")], SETTINGS) as results:
-        assert results.num_done == 3
-        add(results, 3)
-    assert [record["line"] for record in read(path)] == [1, 2, 4, 5]
+        assert results.left == [1]
+        add(results, 1)
+    with open_results(path, [PromptLine(3, "new"), *PROMPTS, PromptLine(5, "d")], SETTINGS) as results:
+        assert results.left == [0, 4]
+        add(results, 4)
+    assert [record["line"] for record in read(path)] == [4, 1, 2, 5]
 
 
 @pytest.mark.parametrize("cut", [1, 5, -1])
@@ -79,7 +81,7 @@ def test_a_half_line_is_dropped(cut: int, tmp_path: Path) -> None:
     second = whole.index(b"\n") + 1
     path.write_bytes(whole[: second + cut] if cut > 0 else whole[:cut])
     with open_results(path, PROMPTS, SETTINGS) as results:
-        assert results.num_done == 1
+        assert results.left == [1, 2]
         assert path.read_bytes() == whole[:second]
         add(results, 1)
     assert path.read_bytes() == whole
@@ -126,7 +128,7 @@ def test_an_empty_file_is_begun_under_new_settings(tmp_path: Path) -> None:
     with open_results(path, PROMPTS, {"seed": 5}) as results:
         add(results, 0)
     with open_results(path, PROMPTS, {"seed": 5}) as results:
-        assert results.num_done == 1
+        assert results.left == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -155,11 +157,11 @@ def test_a_file_of_another_origin_is_not_touched(
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (PROMPTS[:1], "holds 2 results of 1 prompts"),
+        (PROMPTS[:1], "line 2 is not the result of any of the prompts"),
         ([PROMPTS[0], PromptLine(2, "B", "id", 9)], "line 2 is not that of the prompt in line 2"),
         ([PROMPTS[0], PromptLine(2, "b", "id")], "line 2 is not that of the prompt in line 2"),
         ([PROMPTS[0], PromptLine(2, "b", None, 9)], "line 2 is not that"),
-        ([PromptLine(2, "a"), PROMPTS[1]], "line 1 is not that of the prompt in line 2"),
+        ([PromptLine(2, "a"), PROMPTS[2]], "line 1 is not the result of any of the prompts"),
     ],
 )
 def test_other_prompts_are_an_error(prompts: list[PromptLine], message: str, tmp_path: Path) -> None:
@@ -170,7 +172,21 @@ def test_other_prompts_are_an_error(prompts: list[PromptLine], message: str, tmp
         pass
 
 
-@pytest.mark.parametrize("line", [b"nonsense\n", b"[1]\n", b"\n", b"\xff\n"])
+def test_two_results_of_one_prompt_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with open_results(path, PROMPTS, SETTINGS) as results:
+        add(results, 1, 0)
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[0])
+    with (
+        pytest.raises(GenerationError, match="line 3 and line 1 are both results of the prompt in line 2"),
+        open_results(path, PROMPTS, SETTINGS),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "line", [b"nonsense\n", b"[1]\n", b"\n", b"\xff\n", b'{"line": [1]}\n', b'{"line": true}\n']
+)
 def test_lines_that_are_no_results_are_an_error(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with open_results(path, PROMPTS, SETTINGS):

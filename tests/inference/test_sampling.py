@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesys.errors import GenerationError
 from moesys.inference import SamplingParams
-from moesys.inference.sampling import draw_uniform, sample_token
+from moesys.inference.sampling import _keep, draw_uniform, sample_token
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 NUM_DRAWS = 3000
@@ -90,6 +90,41 @@ def test_nothing_that_was_filtered_is_drawn(
     probabilities = compute_probabilities(logits, params, set())
     drawn = {sample_token(torch.tensor(logits), params, position, []) for position in range(20)}
     assert all(probabilities[i] > 0 for i in drawn)
+
+
+def make_long_tail(num_likely: int, num_unlikely: int, likely_mass: float) -> torch.Tensor:
+    """Logits of which the unlikely ones hold what the likely ones leave, each a little less than the one before."""
+    weights = torch.cat(
+        [
+            torch.full((num_likely,), likely_mass / num_likely),
+            torch.full((num_unlikely,), (1 - likely_mass) / num_unlikely),
+        ]
+    )
+    slopes = torch.linspace(1.0, 0.97, num_likely + num_unlikely)
+    return (weights * slopes).log()[torch.randperm(len(weights), generator=torch.Generator().manual_seed(2))]
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"top_p": 0.9},
+        {"top_p": 0.97},
+        {"top_p": 0.5},
+        {"top_p": 0.9, "min_p": 0.3},
+        {"top_k": 60, "top_p": 0.9},
+        {"top_k": 2000, "top_p": 0.9},
+        {"top_k": 5000, "top_p": 0.9},
+    ],
+)
+def test_of_a_large_vocabulary_just_what_the_definition_keeps_is_kept(settings_: dict[str, Any]) -> None:
+    logits = make_long_tail(100, 1900, 0.956)
+    params = SamplingParams(**{"temperature": 1.0} | settings_)
+    expected = torch.tensor(compute_probabilities(logits.tolist(), params, set()))
+    probs, ids = _keep(logits.softmax(dim=-1), params)
+    assert ids is not None
+    assert set(ids[: len(probs)].tolist()) == set(expected.nonzero().squeeze(1).tolist())
+    found = torch.zeros(len(logits)).index_copy(0, ids[: len(probs)], (probs / probs.sum()).float())
+    assert torch.allclose(found, expected.float(), rtol=1e-4, atol=0)
 
 
 def test_temperature_zero_takes_the_best_and_ties_go_to_the_lower_id() -> None:

@@ -22,7 +22,7 @@ import json, torch
 from moesys.inference import Engine, SequenceStep
 from moesys.inference.step_memory import compute_step_bytes
 from moesys.models import (
-    AttentionConfig, Decoder, DecoderConfig, LatentAttentionConfig, RopeConfig, initialize_weights
+    AttentionConfig, Decoder, DecoderConfig, DenseConfig, LatentAttentionConfig, RopeConfig, initialize_weights
 )
 from moesys.moe import MoEConfig
 
@@ -69,6 +69,19 @@ for name, mixer in MIXERS.items():
             ("a piece beside 16", [1024] * 17, [512] + [1] * 16),
         ):
             found[f"{name} {dtype} {case}"] = measure(model, lengths, num_new)
+for name, layer in (
+    ("dense", DenseConfig(4096)),
+    ("dense with a bias", DenseConfig(4096, bias=True)),
+    ("narrow dense", DenseConfig(64)),
+    ("shared", MoEConfig(4, 1, 8, shared_intermediate_size=4096)),
+):
+    for dtype in (torch.float32, torch.bfloat16):
+        config = DecoderConfig(100, 256, (MIXERS["window"],), (layer,), max_positions=8192)
+        model = Decoder(config)
+        initialize_weights(model, 0, std=0.1)
+        model.to(dtype).eval().requires_grad_(False)
+        measure(model, [8], [8])
+        found[f"{name} {dtype}"] = measure(model, [512], [512])
 print(json.dumps(found))
 """
 )
@@ -85,7 +98,7 @@ def test_the_bound_holds_what_is_measured() -> None:
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
     )
     found = json.loads(result.stdout)
-    assert len(found) == 15
+    assert len(found) == 23
     for case, (measured, bound) in found.items():
         assert measured > 2**20, case
         assert measured <= bound <= 8 * measured, (case, measured, bound)

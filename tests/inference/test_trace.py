@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesys.errors import GenerationError
 from moesys.inference.timeline import draw_timeline
-from moesys.inference.trace import Activity, Span, Trace, TracedSource, assign_lanes
+from moesys.inference.trace import Activity, Trace, TracedSource
 from moesys.kernels import BankView, ModuleView
 from moesys.moe import Execution, LocalDispatcher, MoEConfig, MoELayer, ResidentSource, Routing
 from moesys.store import Extent, ReadEvent, Section, StoredFile, Urgency
@@ -21,27 +22,23 @@ FILE = StoredFile(Path("/nowhere"), 0, 0, 0, 0)
 SECTIONS = {(layer, 0): Section(f"layer {layer}, expert 0", (Extent(FILE, 0, 8, 0),)) for layer in range(3)}
 
 
-def make_span(start_s: float, end_s: float, activity: Activity = Activity.READ, step: int = 0) -> Span:
-    return Span(activity, "x", step, 0, start_s, end_s)
+def read(
+    start_s: float, end_s: float, urgency: Urgency = Urgency.DEMAND, layer: int = 0, failed: bool = False
+) -> ReadEvent:
+    return ReadEvent(f"layer {layer}, expert 0", 8, start_s, start_s, end_s, urgency, failed)
 
 
-def test_reads_that_overlap_lie_on_lanes_of_their_own() -> None:
-    spans = [
-        make_span(0, 4, Activity.EXPERTS),
-        make_span(0, 2),
-        make_span(1, 3, Activity.READ_AHEAD),
-        make_span(2, 5),
-        make_span(3, 6),
-    ]
-    assert assign_lanes(spans) == [0, 1, 2, 1, 2]
+def read_spans(path: Path) -> list[dict]:
+    return [event for event in json.loads(path.read_text()) if event["ph"] == "X"]
 
 
-class _TwoViews:
-    """A source that hands out a layer's experts in two views."""
+class _SlowViews:
+    """A source that hands out a layer's experts in two views, the second after a wait."""
 
     def __init__(self, inner: ResidentSource) -> None:
         self._inner = inner
         self.num_released = 0
+        self.stall_s = 0.0
 
     def hint(self, layer_id: int, routing: Routing) -> None:
         self._inner.hint(layer_id, routing)
@@ -50,6 +47,7 @@ class _TwoViews:
         (view,) = self._inner.acquire(layer_id, demand)
         assert isinstance(view, BankView)
         for first in (0, 2):
+            self.stall_s += 1e-5 if first else 0.0
             table = torch.full((4,), -1)
             table[first : first + 2] = torch.arange(first, first + 2)
             yield BankView(view.gate_up_SFD, view.down_SDF, table)
@@ -58,61 +56,102 @@ class _TwoViews:
         self.num_released += 1
 
 
+class _Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MoELayer(8, MoEConfig(4, 4, 6), layer_id=i) for i in range(3))
+
+    def forward(self, x: Tensor, execution: Execution) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, execution)[0]
+        return x
+
+
 def test_a_traced_source_changes_nothing_and_tells_all(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    layers = [MoELayer(8, MoEConfig(4, 4, 6), layer_id=i) for i in range(3)]
-    x = torch.randn(5, 8)
-    trace = Trace()
-    trace.name_sections(SECTIONS)
-    source = _TwoViews(ResidentSource({i: layer.experts for i, layer in enumerate(layers)}))
-    execution = Execution(LocalDispatcher(), TracedSource(source, trace))
-    plain = Execution(
-        LocalDispatcher(), _TwoViews(ResidentSource({i: layer.experts for i, layer in enumerate(layers)}))
-    )
-    with torch.no_grad():
-        for _ in range(2):
-            for layer in layers:
-                assert torch.equal(layer(x, execution)[0], layer(x, plain)[0])
-    assert source.num_released == 12
-    computed = [span for span in trace.spans if span.activity is Activity.EXPERTS]
-    assert [(span.step, span.layer_id) for span in computed] == [
-        (step, layer) for step in (0, 1) for layer in (0, 1, 2) for _ in range(2)
-    ]
-    mine = [span for span in trace.spans if not span.activity.is_reading]
-    ends = sorted((span.start_s, span.end_s) for span in mine)
-    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
-    rests = [span for span in trace.spans if span.activity is Activity.REST]
-    assert len(rests) == 5
+    stack, x = _Stack().requires_grad_(False), torch.randn(5, 8)
+    banks = {i: layer.experts for i, layer in enumerate(stack.layers)}
+    source = _SlowViews(ResidentSource(banks))
+    with Trace(tmp_path / "trace.json") as trace:
+        traced = TracedSource(source, trace, lambda: source.stall_s)
+        plain = Execution(LocalDispatcher(), _SlowViews(ResidentSource(banks)))
+        with traced.watching(stack):
+            for tokens in (x, x[:1], x[1:2], x[2:3], x[3:4]):
+                found = stack(tokens, Execution(LocalDispatcher(), traced))
+                assert torch.equal(found, stack(tokens, plain))
+    assert source.num_released == 5 * 3 * 2
+    spans = read_spans(tmp_path / "trace.json")
+    experts = [(span["args"]["step"], span["args"]["layer"]) for span in spans if span["cat"] == "experts"]
+    # The plain runs are steps of the same model, in which the traced source has no part.
+    assert experts == [(2 * step, layer) for step in range(5) for layer in range(3) for _ in range(2)]
+    waits = [span for span in spans if span["cat"] == "waiting for the disk"]
+    assert len(waits) == 5 * 3
+    assert sum(span["dur"] for span in waits) == pytest.approx(15 * 10)
+    ordered = sorted((span["ts"], span["ts"] + span["dur"]) for span in spans)
+    assert all(end <= start + 1e-3 for (_, end), (start, _) in pairwise(ordered))
+    assert [(step.number, step.num_tokens) for step in trace.steps] == [(0, 5), (7, 0), (8, 1), (9, 0)]
+
+
+def test_time_between_two_steps_is_in_no_span(tmp_path: Path) -> None:
+    stack = _Stack().requires_grad_(False)
+    source = ResidentSource({i: layer.experts for i, layer in enumerate(stack.layers)})
+    with Trace(tmp_path / "trace.json") as trace:
+        traced = TracedSource(source, trace, lambda: 0.0)
+        with traced.watching(stack):
+            ends = []
+            for _ in range(2):
+                stack(torch.randn(2, 8), Execution(LocalDispatcher(), traced))
+                ends.append(trace.steps[-1].spans[-1].end_s)
+    first = [span for span in trace.steps[-1].spans if span.start_s < ends[0]]
+    assert not first
+    assert {span.activity for span in trace.steps[0].spans} == {Activity.EXPERTS, Activity.REST}
 
 
 def test_a_trace_is_a_file_of_complete_events(tmp_path: Path) -> None:
-    trace = Trace()
-    trace.name_sections(SECTIONS)
-    trace.step = 4
-    trace.record_read(ReadEvent("layer 2, expert 0", 8, 0.5, 1.0, 1.5, Urgency.DEMAND, failed=False))
-    trace.record_read(ReadEvent("layer 1, expert 0", 8, 0.5, 1.25, 1.75, Urgency.PREFETCH, failed=True))
-    trace.spans.append(make_span(0.75, 2.0, Activity.EXPERTS, step=4))
     path = tmp_path / "trace.json"
-    trace.write(path)
-    events = json.loads(path.read_text())["traceEvents"]
-    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-    assert names == {0: "computing thread", 1: "read 1", 2: "read 2"}
-    complete = [event for event in events if event["ph"] == "X"]
-    assert [(e["tid"], e["cat"], e["ts"], e["dur"], e["args"]) for e in complete] == [
-        (0, "experts", 0.0, 1.25e6, {"step": 4, "layer": 0, "bytes": 0}),
-        (1, "reading", 0.25e6, 0.5e6, {"step": 4, "layer": 2, "bytes": 8}),
-        (2, "reading ahead", 0.5e6, 0.5e6, {"step": 4, "layer": 1, "bytes": 8}),
+    with Trace(path) as trace:
+        trace.name_sections(SECTIONS)
+        trace.begin_step()
+        trace.record_read(read(1.0, 1.5, layer=2))
+        trace.record_read(read(1.25, 1.75, Urgency.PREFETCH, layer=1, failed=True))
+        trace.record_read(read(1.5, 2.0))
+        trace.record_work(Activity.EXPERTS, 0, 0.75, 2.0)
+    names = {
+        event["tid"]: event["args"]["name"]
+        for event in json.loads(path.read_text())
+        if event["name"] == "thread_name"
+    }
+    assert names == {0: "compute", 1: "read 1", 2: "read 2"}
+    spans = read_spans(path)
+    assert [(s["tid"], s["cat"], s["name"], round(s["dur"]), s["args"]) for s in spans] == [
+        (1, "reading", "layer 2, expert 0", 500_000, {"step": 0, "layer": 2, "bytes": 8}),
+        (2, "reading ahead", "layer 1, expert 0 (failed)", 500_000, {"step": 0, "layer": 1, "bytes": 8}),
+        (1, "reading", "layer 0, expert 0", 500_000, {"step": 0, "layer": 0, "bytes": 8}),
+        (0, "experts", "layer 0: experts", 1_250_000, {"step": 0, "layer": 0, "bytes": 0}),
     ]
-    assert complete[2]["name"] == "layer 1, expert 0 (failed)"
+    assert spans[1]["ts"] - spans[0]["ts"] == pytest.approx(250_000)
+
+
+def test_a_long_trace_keeps_no_more_than_a_picture_needs(tmp_path: Path) -> None:
+    with Trace(tmp_path / "trace.json") as trace:
+        for step in range(100):
+            trace.begin_step()
+            for i in range(5):
+                trace.record_work(Activity.EXPERTS, 0, step + i / 10, step + i / 10 + 0.05)
+    assert [step.number for step in trace.steps] == [0, 97, 98, 99]
+    assert sum(len(step.spans) for step in trace.steps) == 20
+    assert len(read_spans(tmp_path / "trace.json")) == 500
 
 
 def test_a_timeline_is_a_picture_of_the_steps(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     trace = Trace()
-    trace.name_sections(SECTIONS)
     with pytest.raises(GenerationError, match="at least one token"):
         draw_timeline(trace, tmp_path / "empty.png")
-    trace.spans += [make_span(step, step + 1, Activity.EXPERTS, step) for step in range(4)]
-    trace.spans += [make_span(step + 0.5, step + 1.5, Activity.READ, step) for step in range(4)]
+    for step in range(4):
+        trace.begin_step()
+        trace.note_tokens(1 + 8 * (step == 0))
+        trace.record_work(Activity.EXPERTS, 0, step, step + 1)
+        trace.record_read(read(step + 0.5, step + 1.5))
     draw_timeline(trace, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")

@@ -40,6 +40,9 @@ LATENT = LatentAttentionConfig(
     rope=RopeConfig(2, is_interleaved=True),
 )
 
+WIDE_LATENT = replace(LATENT, latent_rank=96, nope_head_dim=64, value_head_dim=48)
+"""Sums that are long enough for another order to change their bits, in bfloat16 too."""
+
 
 def make_decoder(*, vocab_size: int = VOCAB, max_positions: int = MAX_POSITIONS, **attention: Any) -> Decoder:
     sizes: dict[str, Any] = {

@@ -39,7 +39,14 @@ class Heads:
 
 
 GROUPED = Heads(6, 2, 32, 32)
-HEADS = (GROUPED, Heads(4, 4, 128, 128), Heads(7, 1, 37, 19, True), Heads(14, 2, 24, 41), Heads(1, 1, 1, 1))
+HEADS = (
+    GROUPED,
+    Heads(4, 4, 128, 128),
+    Heads(7, 1, 37, 19, True),
+    Heads(14, 2, 24, 41),
+    Heads(40, 1, 600, 24, True),
+    Heads(1, 1, 1, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -126,14 +133,14 @@ def make_case(
 def compute_definition(case: Case) -> Tensor:
     """Written out once more, and not as the kernels' reference is."""
     outputs = []
-    group = case.q_THD.shape[1] // case.keys.shape[1]
+    num_kv_heads = case.keys.shape[1]
     values = case.keys[..., : case.value_size] if case.values is None else case.values
     for q_HD, rows in zip(case.q_THD, case.table.list_rows(case.sliding_window), strict=True):
-        keys_SHD = case.keys[rows].repeat_interleave(group, dim=1)
-        weights_SH = (torch.einsum("hd,shd->sh", q_HD, keys_SHD) * case.key_scale).exp()
+        q_KGD = q_HD.unflatten(0, (num_kv_heads, -1))
+        weights_SH = (torch.einsum("kgd,skd->skg", q_KGD, case.keys[rows]) * case.key_scale).exp().flatten(1)
         total_H = weights_SH.sum(0) + (0 if case.sinks_H is None else case.sinks_H.double().exp())
-        values_SHD = values[rows].repeat_interleave(group, dim=1)
-        outputs.append(torch.einsum("sh,shd->hd", weights_SH / total_H, values_SHD))
+        weights_SKG = (weights_SH / total_H).unflatten(1, (num_kv_heads, -1))
+        outputs.append(torch.einsum("skg,skd->kgd", weights_SKG, values[rows]).flatten(0, 1))
     return torch.stack(outputs)
 
 

@@ -72,8 +72,13 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_native_kernel_is_as_precise_as_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_the_native_kernel_is_as_precise_as_torch(
+    scale: float, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Of numbers to which epsilon is nothing, and of such that are small beside it."""
     x, weight = make_inputs(shape, dtype)
+    x *= scale
     assert native.takes(x, weight)
     ours, theirs = rms_norm(x, weight, EPSILON), closed_form.rms_norm(x, weight, EPSILON)
     assert ours.shape == x.shape

@@ -63,6 +63,9 @@ class FadingSumConfig:
     def count_products(self, context: int) -> float:
         return self.size
 
+    def count_cached_products(self, context: int) -> float:
+        return self.count_products(context)
+
     def count_step_elements(self, num_tokens: int, num_positions: int) -> int:
         return 2 * num_tokens * self.size
 
@@ -113,6 +116,9 @@ class RunningMeanConfig:
 
     def count_products(self, context: int) -> float:
         return self.size * (context + 1) / 2
+
+    def count_cached_products(self, context: int) -> float:
+        return self.count_products(context)
 
     def count_step_elements(self, num_tokens: int, num_positions: int) -> int:
         return num_tokens * (3 * self.size + 2) + num_positions * (self.size + 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moesys.errors import SectionReadError, ShapeError, TrainingError
 from moesys.kernels import BankView, ModuleView, compute_experts, fill_expert_rows, sum_rows
 from moesys.moe import CachedLayer, CachedSource, Execution, LocalDispatcher, MoEConfig, MoELayer, PlainLayout
 from moesys.moe.expert_key import ExpertKey
+from moesys.moe.prediction_score import PredictionScore
 from moesys.moe.predictors import LastIteration, Predictor
 from moesys.moe.routing import Routing
 from moesys.store import (
@@ -437,6 +438,91 @@ def test_a_guess_evicts_neither_what_was_used_lately_nor_what_is_guessed_too(ope
     assert all(cache.is_here(key) for key in [*lately, (0, 0), (0, 6)])
     assert not cache.is_here((0, 1)), "it was used before the last turn and nobody guessed it"
     assert not cache.is_here((0, 7)), "what is left was used lately, is guessed or waits for its first use"
+
+
+def test_the_score_is_of_what_was_read_on_a_guess(open_source: OPEN) -> None:
+    told = Told({0: [(1, 0), (1, 1), (1, 2), (1, 3)]})
+    source, cache = open_source(2, 8, num_slots=5, predictor=told)
+    run(source, 0, [0, 1, 2], 8)
+    assert PredictionScore.of_reads(cache.stats) == PredictionScore(2, 0, 3), "there are slots for two guesses"
+    run(source, 1, [0, 3], 8)
+    assert PredictionScore.of_reads(cache.stats) == PredictionScore(2, 1, 3 + 2)
+    pass_over_everything(source, 2, 8)
+    assert PredictionScore.of_reads(cache.stats).num_guessed == 2, "what a pass reads ahead is no guess"
+
+
+def test_an_interrupted_guess_leaves_nothing_pinned(open_source: OPEN) -> None:
+    class Interrupted(Told):
+        def guess(self, layer_id: int) -> list[ExpertKey]:
+            raise KeyboardInterrupt
+
+    source, cache = open_source(2, 8, num_slots=6, predictor=Interrupted({}))
+    with pytest.raises(KeyboardInterrupt):
+        run(source, 0, [0, 1, 2], 8)
+    assert not any(entry.num_pins for entry in cache._entries.values())
+    assert not source._loans
+
+
+class Keeping:
+    """A source whose generators somebody else holds too, so that none ends by being forgotten."""
+
+    def __init__(self, source: CachedSource) -> None:
+        self._source = source
+        self.kept: list[Generator[BankView | ModuleView, None, None]] = []
+
+    def hint(self, layer_id: int, routing: Routing) -> None:
+        self._source.hint(layer_id, routing)
+
+    def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
+        self.kept.append(self._source.acquire(layer_id, demand))
+        return self.kept[-1]
+
+    def release(self, layer_id: int, view: BankView | ModuleView) -> None:
+        self._source.release(layer_id, view)
+
+
+def test_an_error_while_a_view_is_computed_leaves_nothing_pinned(
+    open_source: OPEN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = open_source(1, 8, num_slots=4)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("moesys.moe.layer.fill_expert_rows", fail)
+    layer = MoELayer(4, MoEConfig(8, 2, 3)).eval()
+    with pytest.raises(RuntimeError, match="no memory"):
+        layer(torch.randn(20, 4), Execution(LocalDispatcher(), Keeping(source)))
+    assert not any(entry.num_pins for entry in cache._entries.values())
+
+
+def test_views_given_up_late_do_not_end_the_layer_that_follows(open_source: OPEN) -> None:
+    source, _ = open_source(2, 8, num_slots=8)
+    ring, _ = source._places[0]
+    first = source.acquire(0, make_demand(range(8), 8))
+    source.release(0, next(first))
+    second = source.acquire(1, make_demand(range(8), 8))
+    source.release(1, next(second))
+    first.close()
+    assert ring._group == 1
+    for view in second:
+        source.release(1, view)
+    assert ring._group is None
+
+
+def test_a_prompt_and_the_tokens_after_it_read_no_more_than_they_need(open_source: OPEN) -> None:
+    source, cache = open_source(3, 8, num_slots=12)
+    ring, _ = source._places[0]
+    pass_over_everything(source, 3, 8)
+    assert (cache.stats.num_loads, cache.stats.prefetch_issued) == (24, 0)
+    assert cache.stats.ahead_issued > 8
+    pass_over_everything(source, 3, 8)
+    loads = cache.stats.num_loads
+    assert loads <= 24 + 24 - 12 + 2 * ring.num_passing
+    for layer in range(3):
+        run(source, layer, [next(e for e in range(8) if cache.is_here((layer, e)))], 8)
+    assert cache.stats.num_loads == loads, "tokens that need what is there read nothing"
+    assert cache.stats.num_wasted <= ring.num_passing
 
 
 def test_a_wrong_guess_changes_no_result(open_source: OPEN) -> None:

@@ -217,7 +217,7 @@ def test_a_source_that_yields_nothing_is_an_error() -> None:
         def hint(self, layer_id: int, routing: Routing) -> None: ...
 
         def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView]:
-            return iter(())
+            yield from ()
 
         def release(self, layer_id: int, view: BankView) -> None: ...
 

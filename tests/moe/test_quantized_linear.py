@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -70,6 +72,25 @@ def test_scales_that_were_cast_are_refused() -> None:
     layer = quantize_linear(Linear(64, 5)).to(torch.bfloat16)
     with pytest.raises(ShapeError, match="float32 scales"):
         layer(torch.randn(1, 64, dtype=torch.bfloat16))
+
+
+def test_the_weight_is_made_once_and_again_for_other_buffers() -> None:
+    torch.manual_seed(0)
+    layer, other = (quantize_linear(Linear(64, 5, bias=False)) for _ in range(2))
+    x = torch.randn(1, 64)
+    assert not torch.equal(layer(x), other(x))
+    weight = layer.weight
+    assert layer.weight is weight
+    layer.load_state_dict(other.state_dict())
+    assert layer.weight is weight
+    assert torch.equal(layer(x), other(x))
+    layer.scales = other.scales * 2
+    assert layer.weight is not weight
+    assert torch.equal(layer(x), 2 * other(x))
+    copied = copy.deepcopy(layer)
+    copied.values.zero_()
+    assert torch.equal(copied(x), torch.zeros(1, 5))
+    assert torch.equal(layer(x), 2 * other(x))
 
 
 def test_weights_that_are_no_numbers_are_refused() -> None:

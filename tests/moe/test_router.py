@@ -358,3 +358,50 @@ def test_a_softmax_of_logits_is_chosen_by_logits(weighting: SparseMixer | Normal
     assert routing.expert_ids.tolist() == [0, 2]
     if isinstance(weighting, SparseMixer):
         torch.testing.assert_close(routing.weights, torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("score", Score)
+@pytest.mark.parametrize("normalization", [Normalization.NONE, Normalization.AFTER])
+@torch.no_grad()
+def test_one_call_of_inference_has_the_bits_of_its_steps(
+    normalization: Normalization, score: Score, bias: bool, dtype: torch.dtype
+) -> None:
+    """A router that is given what it would choose weighs it step by step."""
+    router = make_router(
+        score=score, normalization=normalization, scale=2.5, bias=bias, logit_bias=bias, dtype=dtype
+    )
+    if router.selection_bias_E is not None:
+        router.selection_bias_E.copy_(torch.linspace(-0.2, 0.2, NUM_EXPERTS))
+    for k in (1, 2, NUM_EXPERTS):
+        routing = router(make_x(dtype=dtype), top_k=k)
+        assert routing.logits_TE is not None
+        assert routing.is_finite
+        steps = router(make_x(dtype=dtype), given=choose_stepwise(router, routing.logits_TE, k))
+        assert steps.is_finite is None
+        assert routing.fixed_k == steps.fixed_k == k
+        for name in ("expert_ids", "token_offsets", "weights", "logits_TE", "scores_TE"):
+            assert torch.equal(getattr(routing, name), getattr(steps, name)), name
+
+
+def choose_stepwise(router: Router, logits_TE: Tensor, k: int) -> Choice:
+    scores_TE = logits_TE.softmax(dim=1) if router.score is Score.SOFTMAX else logits_TE.sigmoid()
+    bias_E = router.selection_bias_E
+    return TopK(k).choose(scores_TE if bias_E is None else scores_TE + bias_E)
+
+
+@torch.no_grad()
+def test_the_kernel_sees_logits_that_are_not_finite() -> None:
+    layer = MoELayer(HIDDEN, MoEConfig(NUM_EXPERTS, 2, 4), layer_id=3)
+    x = make_x(dtype=torch.float32)
+    x[[2, 5], 0] = math.inf
+    assert layer.router(x).is_finite is False
+    with pytest.raises(RoutingError, match="layer 3: router logits are NaN or Inf for 2 of 9 tokens"):
+        layer(x)
+
+
+@torch.no_grad()
+def test_an_impossible_k_is_refused_in_the_kernel_too() -> None:
+    with pytest.raises(RoutingError, match=r"top_k \(7\) must be between 1 and num_experts \(6\)"):
+        make_router(dtype=torch.float32)(make_x(dtype=torch.float32), top_k=7)

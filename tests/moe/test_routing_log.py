@@ -30,7 +30,7 @@ class Silent:
     def hint(self, layer_id: int, routing: object) -> None: ...
 
     def acquire(self, layer_id: int, demand: Tensor) -> Iterator[None]:
-        return iter(())
+        yield from ()
 
     def release(self, layer_id: int, view: object) -> None: ...
 

@@ -6,7 +6,8 @@ import pytest
 
 from family_keys import VARIANT_KEYS
 from model_folders import find_family
-from moesys.models import DecoderConfig
+from moesys.models import AttentionConfig, DecoderConfig, LatentAttentionConfig, RopeConfig
+from moesys.models.visible_keys import compute_mean_visible_keys
 from moesys.moe import MoEConfig
 from moesys.planning.activity import Activity, RoutedLayer, find_weight_format, make_activity
 from moesys.planning.ceilings import WeightFormat
@@ -32,17 +33,34 @@ def make_of(config: DecoderConfig) -> Activity:
 
 @pytest.mark.parametrize("name", VARIANT_KEYS)
 def test_operations_are_a_third_of_the_trainings(name: str) -> None:
-    """Training counts 6 for what a forward pass counts 2, at any context."""
+    """Training counts 6 for what a forward pass counts 2, at any context; but for attention, which takes another form
+    where keys are kept."""
     config = read_config(name)
     activity = make_of(config)
     for context in (1, 40):
-        flops = (
-            activity.core_flops
-            + activity.head_flops
-            + activity.count_expert_flops(1)
-            + activity.count_attention_flops(1, context)
-        )
+        trained = sum(mixer.count_products(context) for mixer in config.mixers)
+        flops = activity.core_flops + activity.head_flops + activity.count_expert_flops(1) + 2 * trained
         assert flops == pytest.approx(config.compute_training_flops_per_token(context) / 3)
+
+
+@pytest.mark.parametrize("name", VARIANT_KEYS)
+def test_attention_is_counted_in_the_form_that_keeps_keys(name: str) -> None:
+    """Every head takes all of what one of its keys keeps for its scores, and for its values as much as it gives."""
+    config = read_config(name)
+    expected = 0.0
+    for mixer in config.mixers:
+        visible = compute_mean_visible_keys(mixer.sliding_window, 40)
+        if isinstance(mixer, LatentAttentionConfig):
+            expected += mixer.num_heads * (mixer.cached[0].size + mixer.latent_rank) * visible
+        else:
+            assert isinstance(mixer, AttentionConfig)
+            expected += mixer.num_heads * sum(part.size for part in mixer.cached) * visible
+    assert make_of(config).count_attention_flops(3, 40) == pytest.approx(3 * 2 * expected)
+
+
+def test_latents_of_deepseek_v3_take_3_4_times_the_products_of_expanded_keys() -> None:
+    mixer = LatentAttentionConfig(128, 1536, 512, 128, 128, RopeConfig(64))
+    assert mixer.count_cached_products(9) / mixer.count_products(9) == pytest.approx((576 + 512) / (192 + 128))
 
 
 @pytest.mark.parametrize("name", VARIANT_KEYS)

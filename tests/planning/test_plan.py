@@ -14,16 +14,19 @@ from moesys.errors import GenerationError
 from moesys.planning.activity import Activity, RoutedLayer
 from moesys.planning.budget import Budget
 from moesys.planning.ceilings import WeightFormat
+from moesys.planning.cost import find_stream_rates, slow_down
 from moesys.planning.footprint import Footprint
 from moesys.planning.plan import (
     BATCH_SIZES,
     PASS_TOKENS,
     Goal,
     InferencePlan,
+    Spend,
     StepMode,
     Workload,
     describe_rate,
     make_plan,
+    spend,
 )
 from moesys.store import ReadMode
 
@@ -76,6 +79,52 @@ def test_half_of_it_in_memory() -> None:
     assert plan.prefill == plan.speed.predict_prefill(2048, 1024, plan.num_slots)
     assert plan.decode == plan.speed.predict_decode(1, 2048 + 64, plan.num_slots)
     assert plan.seconds == pytest.approx(plan.prefill.seconds + 128 * plan.decode.seconds)
+
+
+@pytest.mark.parametrize(("batch_size", "mode"), [(1, "cache"), (8, "cache"), (16, "ring"), (32, "ring")])
+def test_a_batch_that_needs_most_experts_goes_through_the_ring(batch_size: int, mode: str) -> None:
+    """16 tokens are expected to need 64 (1 - (7 / 8)^16) = 56.4 of 64 experts, 12 of them 51.1; the share is 80 %."""
+    plan = plan_for(6 * GIB, batch_size=batch_size, num_positions=1024)
+    assert plan.decode_mode == mode
+    assert plan.prefill_mode is StepMode.RING
+    assert f"writing {mode} at" in plan.describe()
+    assert plan_for(16 * GIB, batch_size=batch_size, num_positions=1024).decode_mode is StepMode.RESIDENT
+
+
+def test_the_ring_serves_decoding_ahead_of_time() -> None:
+    """The same reads, but beside the computing, and of as many misses as slots are lacking."""
+    plan = plan_for(6 * GIB, batch_size=16, num_positions=1024)
+    touched = 512 * (1 - (7 / 8) ** 16) * EXPERT
+    read_bytes = (1 - plan.num_slots / 512) * touched
+    assert plan.decode.bound_times.disk_s == pytest.approx(read_bytes / (1.9 * GIGA))
+    assert plan.decode.seconds == plan.decode.seconds_if_skewed, "nothing is assumed of the routing"
+    rates = slow_down(find_stream_rates(PROFILE, WeightFormat.BF16, plan.speed.way), PROFILE)
+    reading_s = read_bytes / rates.disk_bytes_per_s
+    assert reading_s < plan.decode.seconds < 1.2 * reading_s
+
+
+def test_experts_of_several_shapes_need_a_slot_each() -> None:
+    footprint = replace(FOOTPRINT, section_bytes=(EXPERT, EXPERT // 2, EXPERT // 3) * 10)
+    tight = next(
+        size
+        for size in range(700 * MIB, 2 * GIB, MIB)
+        if spend_on(footprint, size).placement.tiers[0].num_experts == 2
+    )
+    assert not spend_on(footprint, tight).fits
+    assert "3 experts 36.0 MiB" in spend_on(footprint, tight).explain(footprint)
+    assert spend_on(footprint, tight + 13 * MIB).fits
+    assert spend_on(FOOTPRINT, tight).fits
+
+
+def spend_on(footprint: Footprint, num_bytes: int) -> Spend:
+    return spend(
+        footprint,
+        Budget("RAM", num_bytes),
+        num_positions=64,
+        batch_size=1,
+        pass_tokens=64,
+        step_bytes=count_step_bytes,
+    )
 
 
 def test_passes_are_as_long_as_they_help() -> None:

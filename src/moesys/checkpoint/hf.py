@@ -27,6 +27,7 @@ from moesys.checkpoint.model_files import (
 )
 from moesys.checkpoint.name_pattern import summarise_names
 from moesys.checkpoint.quantization import QUANTIZATION_KEY, Fp8Blocks, read_fp8_blocks
+from moesys.checkpoint.read_progress import ReadProgress
 from moesys.checkpoint.streaming import stream
 from moesys.checkpoint.tensor_source import TensorSource, find_source, list_expected
 from moesys.errors import ModelFormatError, MoesysError
@@ -312,15 +313,9 @@ def _stream_sources(sources: list[TensorSource], on_progress: Callable[[int, int
         return span.path.name, span.offset
 
     total = sum(next(iter(source.tensors.values())).span.num_bytes for source in sources)
-    done = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        on_progress(done, total)
-
     ordered = sorted(sources, key=first_span)
-    stream((piece for source in ordered for piece in source.iterate_pieces()), count)
+    pieces = (piece for source in ordered for piece in source.iterate_pieces())
+    stream(pieces, ReadProgress(total, on_progress).add)
 
 
 def read_dtype(keys: Mapping[str, Any]) -> torch.dtype:

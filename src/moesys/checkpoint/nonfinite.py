@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moesys.checkpoint.model_files import FileTensor, Span, open_model_files
+from moesys.checkpoint.read_progress import ReadProgress
 from moesys.checkpoint.streaming import PIECE_BYTES, StagedPiece, stream
 
 _BYTE_FORMATS = {
@@ -61,12 +62,6 @@ def check_folder(
     counts: dict[str, list[int]] = {}
     with open_model_files(folder) as tensors:
         total = sum(tensor.span.num_bytes for tensor in tensors.values())
-        done = 0
-
-        def count_bytes(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            on_progress(done, total)
 
         def count_values(name: str, values: Tensor) -> None:
             num_nan, num_inf = count_nonfinite(values)
@@ -76,7 +71,7 @@ def check_folder(
                 found[1] += num_inf
 
         start = time.perf_counter()
-        stream(_iterate_pieces(tensors, count_values), count_bytes)
+        stream(_iterate_pieces(tensors, count_values), ReadProgress(total, on_progress).add)
         seconds = time.perf_counter() - start
         found = tuple(NonFinite(name, *counts[name]) for name in sorted(counts))
         return WeightCheck(found, len(tensors), total, seconds)

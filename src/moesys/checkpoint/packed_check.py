@@ -1,4 +1,4 @@
-"""Reads all weights of a packed file, compares them with their checksums and looks for NaN and Inf."""
+"""Reads all of a packed file, compares it with its checksums and looks for weights that are NaN or Inf."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from moesys.checkpoint.nonfinite import NonFinite, WeightCheck, count_nonfinite
 from moesys.checkpoint.packed_file import open_packed_file
 from moesys.checkpoint.packed_reading import ReadJob, read_sections
+from moesys.checkpoint.read_progress import ReadProgress
 from moesys.checkpoint.safetensors_file import view_bytes
 from moesys.store import PartShape, Section
 
@@ -19,10 +20,12 @@ from moesys.store import PartShape, Section
 def check_packed(
     path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> WeightCheck:
-    """Reads every weight of a packed file; ``on_progress`` gets (bytes read, all bytes).
+    """Reads every weight of a packed file, and its tokenizer and other small files; ``on_progress`` gets (bytes read,
+    all bytes) of the weights.
 
     Of int8 weights the scales can be NaN or Inf. Memory: a few experts, or the largest other weights. Raises
-    `ModelFormatError` for a file that does not fit, `SectionReadError` for weights that are damaged.
+    `ModelFormatError` for a file that does not fit or whose small files are damaged, `SectionReadError` for weights that
+    are.
     """
     found: list[NonFinite] = []
     with open_packed_file(path) as file:
@@ -37,15 +40,10 @@ def check_packed(
             for name, weight in outline.core.items()
         ]
         total = sum(section.num_bytes for section, _ in wanted)
-        done = 0
-
-        def count(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            on_progress(done, total)
-
         start = time.perf_counter()
-        read_sections(_list_jobs(wanted, found), count)
+        # For what it raises: a damaged tokenizer is found here and not when the model is to answer.
+        file.read_files()
+        read_sections(_list_jobs(wanted, found), ReadProgress(total, on_progress).add)
         return WeightCheck(tuple(found), len(wanted), total, time.perf_counter() - start)
 
 

@@ -20,6 +20,7 @@ from moesys.checkpoint.packed_file import PackedFile, open_packed_file
 from moesys.checkpoint.packed_form import PackedForm
 from moesys.checkpoint.packed_outline import PackedOutline
 from moesys.checkpoint.packed_reading import ReadJob, read_sections
+from moesys.checkpoint.read_progress import ReadProgress
 from moesys.checkpoint.safetensors_file import view_bytes
 from moesys.errors import IneffectiveOptionError, ModelFormatError
 from moesys.kernels import Int8Product, Int8Weight
@@ -136,11 +137,4 @@ def _install(model: Decoder, layer_id: int, layout: SlotLayout, parts: Sequence[
 
 def _read_all(jobs: Sequence[ReadJob], on_progress: Callable[[int, int], None]) -> None:
     total = sum(job.section.num_bytes for job in jobs)
-    done = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        on_progress(done, total)
-
-    read_sections(jobs, count)
+    read_sections(jobs, ReadProgress(total, on_progress).add)

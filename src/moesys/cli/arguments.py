@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from moesys.config import Config
     from moesys.inference import SamplingParams
+    from moesys.kernels import Int8Product
 
 ConfigArguments = Annotated[
     list[str] | None,
@@ -64,6 +65,7 @@ StopStrings = Annotated[
     list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="fp32 or bf16.", show_default="as stored")]
+PRODUCT_HELP = "w8 or w8a8, which rounds activations too: how int8 weights are multiplied."
 
 
 def read_config(arguments: list[str] | None) -> Config:
@@ -99,3 +101,13 @@ def make_sampling(
             "raise the temperature or drop it"
         )
     return SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed or 0)
+
+
+def parse_product(name: str | None) -> Int8Product | None:
+    """Returns how int8 weights are multiplied; None where nothing was said. Raises `ConfigError` for another name."""
+    from moesys.errors import ConfigError
+    from moesys.kernels import Int8Product
+
+    if name is not None and name not in list(Int8Product):
+        raise ConfigError(f"--product ({name!r}) must be {' or '.join(Int8Product)}")
+    return None if name is None else Int8Product(name)

@@ -54,12 +54,14 @@ def chat(
     """
     from moesys.checkpoint import read_layout
     from moesys.cli.opening import open_behind_bar
+    from moesys.errors import GenerationError
     from moesys.inference import ChatFormat, ChatSession
-    from moesys.inference.chat import choose_context
+    from moesys.inference.chat import choose_answer_tokens, choose_context
 
     sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     chat_format = ChatFormat.load(model, template)
     num_positions = choose_context(context, read_layout(model).decoder.position_limit)
+    answer_tokens = choose_answer_tokens(max_new_tokens, num_positions)
     with open_behind_bar(model, dtype, memory, memory.make_request(num_positions, 1)) as run:
         opened = run.opened
         run.report_plan()
@@ -73,7 +75,7 @@ def chat(
             opened.tokenizer,
             chat_format,
             sampling,
-            max_new_tokens,
+            answer_tokens,
             system,
             opened.stop_ids,
             context=num_positions,
@@ -81,8 +83,13 @@ def chat(
             on_first_token=run.note_first_token,
         )
         while line := _read_line():
-            run.begin_text()
-            for piece in session.answer(line):
+            try:
+                pieces = session.answer(line)
+            except GenerationError as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            run.begin()
+            for piece in pieces:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             sys.stdout.write("\n")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moesys.cli.arguments import Dtype, ModelArgument
+from moesys.cli.arguments import PRODUCT_HELP, Dtype, ModelArgument, parse_product
 
 
 def evaluate(
@@ -44,10 +44,7 @@ def evaluate(
     dtype: Dtype = None,
     product: Annotated[
         str | None,
-        typer.Option(
-            help="w8 or w8a8, which rounds activations too: how int8 weights are multiplied.",
-            show_default="w8",
-        ),
+        typer.Option(help=PRODUCT_HELP, show_default="w8"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -63,12 +60,9 @@ def evaluate(
     from moesys.cli.progress import show_bytes
     from moesys.config import build_config
     from moesys.env import read_cache_dir
-    from moesys.errors import ConfigError
-    from moesys.kernels import Int8Product
     from moesys.training import evaluate_text
 
-    if product is not None and product not in list(Int8Product):
-        raise ConfigError(f"--product ({product!r}) must be {' or '.join(Int8Product)}")
+    int8_product = parse_product(product)
     options = {
         "source": data,
         "format": format,
@@ -80,9 +74,7 @@ def evaluate(
     if data == "stdlib" and heldout_fraction is None:
         heldout_fraction = source.heldout_fraction
     with show_bytes("loading") as on_progress:
-        loaded = load_text_model(
-            model, dtype, on_progress, product=None if product is None else Int8Product(product)
-        )
+        loaded = load_text_model(model, dtype, on_progress, product=int8_product)
     evaluation = evaluate_text(
         loaded.decoder, loaded.tokenizer, source, heldout_fraction, stride, max_tokens, read_cache_dir()
     )

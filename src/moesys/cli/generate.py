@@ -47,7 +47,8 @@ def generate(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Where the results of --batch go, one line each; what is there already is not done again.",
+            help="Where the results of --batch go, one line each as they finish, with the line and id of their prompt; "
+            "what is there already is not done again.",
             show_default=False,
             rich_help_panel=_BATCH_PANEL,
         ),
@@ -55,7 +56,10 @@ def generate(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Texts of --batch to write at once.", show_default="32", rich_help_panel=_BATCH_PANEL
+            min=1,
+            help="Texts of --batch to write at once.",
+            show_default="32, or what serves best within --host-memory",
+            rich_help_panel=_BATCH_PANEL,
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
@@ -151,7 +155,7 @@ def _generate_one(
             prefill_tokens=opened.prefill_tokens,
             on_first_token=run.note_first_token,
         )
-        run.begin_text()
+        run.begin()
         sys.stdout.write(prompt)
         for piece in generation:
             sys.stdout.write(piece)

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesys.cli.arguments import parse_product
 from moesys.cli.memory_options import MemoryOptions
 from moesys.cli.opening import open_behind_bar
-from moesys.errors import IneffectiveOptionError
 
 if TYPE_CHECKING:
     from moesys.inference import SamplingParams
@@ -37,39 +37,38 @@ def generate_batch(
     from moesys.inference.prompt_file import read_prompts
     from moesys.inference.result_file import open_results
 
-    if memory.stats is not None:
-        raise IneffectiveOptionError(
-            "--stats has no effect with --batch, whose own figures are printed at the end; drop it"
-        )
     lines = read_prompts(prompt_file)
     tools = read_text_tools(model)
     limit = read_layout(model).decoder.position_limit
     prompts = plan_prompts(prompt_file, lines, tools.tokenizer, limit, max_new_tokens, sampling)
-    settings = describe_settings(model, max_new_tokens, sampling, stop, dtype)
+    settings = describe_settings(model, max_new_tokens, sampling, stop, dtype, parse_product(memory.product))
     with open_results(output, lines, settings) as results:
-        num_before = results.num_done
-        if num_before == len(lines):
-            print(f"all {num_before} results are in {output} already", file=sys.stderr)
+        indices = results.left
+        if not indices:
+            print(f"all {len(lines)} results are in {output} already", file=sys.stderr)
             return
-        num_positions = max(len(prompt.token_ids) + prompt.max_new_tokens for prompt in prompts[num_before:])
-        request = memory.make_request(num_positions, batch_size)
+        left = [prompts[index] for index in indices]
+        num_positions = max(len(prompt.token_ids) + prompt.max_new_tokens for prompt in left)
+        request = memory.make_request(num_positions, batch_size, len(left))
         with open_behind_bar(model, dtype, memory, request) as open_run:
             opened = open_run.opened
             open_run.report_plan()
-            planned = MAX_SEQUENCES if opened.offloaded is None else opened.offloaded.plan.batch_size
+            planned = None if opened.offloaded is None else opened.offloaded.plan.batch_size
             run = BatchRun(
                 opened.engine,
                 opened.tokenizer,
-                prompts[num_before:],
+                left,
                 Stop(stop, opened.stop_ids),
-                max_sequences=batch_size or planned,
+                max_sequences=planned or batch_size or MAX_SEQUENCES,
                 prefill_tokens=opened.prefill_tokens,
             )
-            with _show_results(num_before, len(lines), run) as on_result:
+            open_run.begin()
+            with _show_results(len(lines) - len(left), len(lines), run) as on_result:
                 for result in run:
-                    results.add(num_before + result.index, result)
+                    results.add(indices[result.index], result)
                     on_result()
-            print(f"{len(lines) - num_before} results in {output}: {run.stats.describe()}", file=sys.stderr)
+            print(f"{len(left)} results in {output}: {run.stats.describe()}", file=sys.stderr)
+            open_run.report_batch(run.stats, len(left))
             open_run.report_traffic()
 
 

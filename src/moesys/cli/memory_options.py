@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from moesys.cli.arguments import PRODUCT_HELP
 from moesys.errors import ConfigError, IneffectiveOptionError
 
 if TYPE_CHECKING:
     from moesys.inference import OffloadRequest
-    from moesys.kernels import Int8Product
 
 _PANEL = "Memory"
 _GPU_ONLY = (
@@ -73,11 +73,7 @@ class MemoryOptions:
     ] = False
     product: Annotated[
         str | None,
-        typer.Option(
-            help="w8 or w8a8, which rounds activations too: how int8 weights are multiplied.",
-            show_default="w8",
-            rich_help_panel=_PANEL,
-        ),
+        typer.Option(help=PRODUCT_HELP, show_default="w8", rich_help_panel=_PANEL),
     ] = None
     usage: Annotated[
         Path | None,
@@ -149,11 +145,14 @@ class MemoryOptions:
             )
         return self.host_memory if self.device_memory is None else self.device_memory
 
-    def make_request(self, num_positions: int | None, batch_size: int | None = None) -> OffloadRequest | None:
+    def make_request(
+        self, num_positions: int | None, batch_size: int | None = None, num_texts: int | None = None
+    ) -> OffloadRequest | None:
         """Returns what they ask for; None without a budget.
 
-        num_positions: tokens of a sequence at most; batch_size: sequences at once. None where the model or the plan
-        decides. Raises what `budget` raises, and `IneffectiveOptionError` for an option that needs one.
+        num_positions: tokens of a sequence at most; batch_size: sequences at once; num_texts: sequences in all. None
+        where the model or the plan decides. Raises what `budget` raises, and `IneffectiveOptionError` for an option
+        that needs one.
         """
         from moesys.inference import OffloadRequest
         from moesys.planning import Goal
@@ -165,6 +164,7 @@ class MemoryOptions:
                 budget,
                 num_positions,
                 batch_size,
+                num_texts,
                 goal,
                 predicts=self.predict,
                 verifies=not self.no_verify,
@@ -185,14 +185,6 @@ class MemoryOptions:
                     f"{name} has no effect without --host-memory: all weights are in memory then; give that or drop it"
                 )
         return None
-
-    def parse_product(self) -> Int8Product | None:
-        """Returns how int8 weights are multiplied; None where nothing was said. Raises `ConfigError`."""
-        from moesys.kernels import Int8Product
-
-        if self.product is not None and self.product not in list(Int8Product):
-            raise ConfigError(f"--product ({self.product!r}) must be {' or '.join(Int8Product)}")
-        return None if self.product is None else Int8Product(self.product)
 
 
 def takes_memory_options(command: Callable[..., None]) -> Callable[..., None]:

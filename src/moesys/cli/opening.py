@@ -6,18 +6,21 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
+from moesys.cli.arguments import parse_product
 from moesys.cli.memory_options import MemoryOptions
 from moesys.cli.progress import show_bytes
+from moesys.errors import ConfigError
 from moesys.inference import (
+    BatchStats,
     GenerationStats,
     OffloadRequest,
     OpenModel,
     RunMeter,
+    RunReport,
     Trace,
-    describe_traffic,
+    Watch,
     draw_timeline,
     find_packed_copy,
     open_model,
@@ -39,25 +42,31 @@ class OpenRun:
         if self.opened.offloaded is not None:
             print(self.opened.offloaded.describe_plan(), file=sys.stderr)
 
-    def begin_text(self) -> None:
-        """Says that a text begins, of which `report_text` will tell."""
+    def begin(self) -> None:
+        """Says that a text or a batch begins, of which `report_text` or `report_batch` will tell."""
         if self.opened.offloaded is not None:
             self._meter = RunMeter(self.opened.offloaded)
 
     def note_first_token(self) -> None:
-        """Says that its prompt is computed."""
+        """Says that the text's prompt is computed."""
         if self._meter is not None:
             self._meter.note_first_token()
 
     def report_text(self, stats: GenerationStats) -> None:
         """Says on stderr what a text cost, and writes it where that was asked for."""
-        if self._meter is None:
-            return
-        report = self._meter.report(stats)
-        for line in describe_traffic(report):
+        if self._meter is not None:
+            self._report(self._meter.report_text(stats))
+
+    def report_batch(self, stats: BatchStats, num_texts: int) -> None:
+        """The same of a batch of so many texts."""
+        if self._meter is not None:
+            self._report(self._meter.report_batch(stats, num_texts))
+
+    def _report(self, report: RunReport) -> None:
+        for line in report.describe():
             print(line, file=sys.stderr)
         if self._memory.stats is not None:
-            self._memory.stats.write_text(json.dumps(asdict(report), indent=2) + "\n")
+            self._memory.stats.write_text(json.dumps(report.encode(), indent=2) + "\n")
 
     def report_traffic(self) -> None:
         """Says on stderr what came from the disk in all."""
@@ -65,9 +74,7 @@ class OpenRun:
             print(self.opened.offloaded.describe_traffic(), file=sys.stderr)
 
     def write_files(self) -> None:
-        """Writes the trace, the timeline and the recorded routing that were asked for."""
-        if self._trace is not None and self._memory.trace is not None:
-            self._trace.write(self._memory.trace)
+        """Draws the timeline and writes the recorded routing that were asked for."""
         if self._trace is not None and self._memory.timeline is not None:
             draw_timeline(self._trace, self._memory.timeline)
         recorder = None if self.opened.offloaded is None else self.opened.offloaded.recorder
@@ -83,26 +90,47 @@ def open_behind_bar(
 
     request: what ``memory`` asks for. When the caller is done without an error, its files are written.
     """
-    if memory.timeline is not None:
-        require_drawing()
-    trace = Trace() if memory.trace is not None or memory.timeline is not None else None
+    product = parse_product(memory.product)
+    _require_writable(memory)
     with ExitStack() as opened:
-        if memory.offload_dir is not None:
+        if memory.offload_dir is not None and request is not None:
             with show_bytes("packing") as on_progress:
-                path = find_packed_copy(path, memory.offload_dir, on_progress)
+                path = find_packed_copy(
+                    path, memory.offload_dir, request, dtype=dtype, product=product, on_progress=on_progress
+                )
+        trace = None
+        if memory.trace is not None or memory.timeline is not None:
+            trace = opened.enter_context(Trace(memory.trace))
+        watch = Watch(
+            memory.usage, trace, tallies=memory.stats is not None, records=memory.record is not None
+        )
         with show_bytes("loading") as on_progress:
             model = opened.enter_context(
                 open_model(
                     path,
                     dtype=dtype,
-                    product=memory.parse_product(),
+                    product=product,
                     request=request,
-                    usage=memory.usage,
-                    trace=trace,
-                    records=memory.stats is not None or memory.record is not None,
+                    watch=None if request is None else watch,
                     on_progress=on_progress,
                 )
             )
         run = OpenRun(model, memory, trace)
         yield run
         run.write_files()
+
+
+def _require_writable(memory: MemoryOptions) -> None:
+    """Raises an error for files that could not be written when the work is done."""
+    if memory.timeline is not None:
+        require_drawing()
+    files = {
+        "--usage": memory.usage,
+        "--trace": memory.trace,
+        "--timeline": memory.timeline,
+        "--stats": memory.stats,
+        "--record": memory.record,
+    }
+    for name, path in files.items():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ConfigError(f"{name} {path} cannot be written: it must be a file in a folder that exists")

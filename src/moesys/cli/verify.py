@@ -40,7 +40,8 @@ def verify(
 ) -> None:
     """Check that a model within a budget of memory computes the same bits as with all its weights in memory.
 
-    Fixed random tokens run with two, half and all of the experts that the budget holds. Exits with 1 on any difference.
+    Fixed random tokens run with two, half and all of the experts that the budget holds, with half also while others are
+    read on a guess. Exits with 1 on any difference.
 
     Example: `moesys verify MODEL --host-memory 8GiB`
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from moesys.inference.batch import BatchPrompt
 from moesys.inference.continuation import require_new_tokens
 from moesys.inference.engine import require_positions
 from moesys.inference.generate import choose_new_tokens, encode_prompt
+from moesys.inference.model_digest import digest_model
 from moesys.inference.prompt_file import PromptLine, report_problems
 from moesys.inference.sampling import SamplingParams, derive_seed
-
-_MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "*.safetensors")
+from moesys.kernels import Int8Product
 
 
 def plan_prompts(
@@ -55,23 +54,20 @@ def plan_prompts(
 
 
 def describe_settings(
-    model: Path, max_new_tokens: int | None, sampling: SamplingParams, stop: Sequence[str], dtype: str | None
+    model: Path,
+    max_new_tokens: int | None,
+    sampling: SamplingParams,
+    stop: Sequence[str],
+    dtype: str | None,
+    product: Int8Product | None,
 ) -> dict[str, Any]:
     """Returns, as JSON values, all that a prompt's text depends on beside itself: neither budgets nor how many texts
     are written at once."""
     return {
-        "model": _digest_files(model),
+        "model": digest_model(model),
         "dtype": dtype,
+        "product": (product or Int8Product.W8).value,
         "max_new_tokens": max_new_tokens,
         "stop": list(stop),
         **asdict(sampling),
     }
-
-
-def _digest_files(model: Path) -> str:
-    """A digest of the names, sizes and times of change of a model's files."""
-    files = (
-        [model] if model.is_file() else [path for name in _MODEL_FILES for path in sorted(model.glob(name))]
-    )
-    described = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]

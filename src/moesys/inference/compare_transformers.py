@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moesys.checkpoint import load_model
 from moesys.errors import IneffectiveOptionError
-from moesys.inference.verify import NUM_DECODED_TOKENS, NUM_PROMPT_TOKENS, compute_logits
+from moesys.inference.verify import CheckedTokens, compute_logits
 from moesys.planning import read_free_ram_bytes
 
 FP32_TOLERANCE = 1e-5
@@ -53,7 +53,7 @@ class TransformersComparison:
 
 
 def compare_with_transformers(model: Path, *, is_wanted: bool | None = None) -> TransformersComparison:
-    """Computes the logits of fixed random tokens here and in transformers, as one pass each over all of them.
+    """Computes the logits of fixed random tokens here, as `verify_model` does, and in transformers in one pass.
 
     is_wanted: None compares where it can. Raises `IneffectiveOptionError` where it is wanted and cannot be done.
     """
@@ -63,12 +63,10 @@ def compare_with_transformers(model: Path, *, is_wanted: bool | None = None) -> 
             raise IneffectiveOptionError(f"--transformers has no effect: {obstacle}; drop it")
         return TransformersComparison(obstacle)
     ours_model = load_model(model)
-    dtype, vocab_size = ours_model.embedding.weight.dtype, ours_model.config.vocab_size
-    draw = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(
-        0, vocab_size, (NUM_PROMPT_TOKENS + NUM_DECODED_TOKENS,), generator=draw
-    ).tolist()
-    ours = torch.cat(compute_logits(ours_model, None, token_ids)).float()
+    dtype = ours_model.embedding.weight.dtype
+    tokens = CheckedTokens.draw(ours_model.config)
+    token_ids = list(tokens.token_ids)
+    ours = torch.cat(compute_logits(ours_model, None, tokens)).float()
     del ours_model
     oracle = _compute_theirs(model, torch.float32, token_ids)
     same_choice = float((ours.argmax(-1) == oracle.argmax(-1)).float().mean())

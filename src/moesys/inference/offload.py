@@ -22,13 +22,14 @@ from moesys.models import Decoder
 from moesys.moe import (
     CachedLayer,
     CachedSource,
+    DemandTally,
     EarlyRouter,
     Execution,
     ExpertKey,
     ExpertSource,
     LocalDispatcher,
+    Predictor,
     RoutingRecorder,
-    ScoredPredictor,
     SlotLayout,
     find_layers,
 )
@@ -54,8 +55,9 @@ class OffloadedModel:
     experts:    on the disk; ``plan.tier.num_experts`` of them fit in memory.
     tier:       what of the budget is promised to what.
     caches:     one for each shape of experts.
-    recorder:   what every layer asked for so far; None where that is not recorded.
-    predictor:  what is read ahead on a guess, and how often that was right; None where nothing is guessed.
+    tally:      which experts every layer asked for; None where that is not noted.
+    recorder:   the routing of all tokens so far; None where that is not recorded.
+    predictor:  says what is read ahead on a guess; None where nothing is guessed. ``stats`` tell how often it was right.
     """
 
     model: Decoder
@@ -64,8 +66,9 @@ class OffloadedModel:
     plan: OffloadPlan
     tier: HostTier
     caches: Mapping[SlotLayout, SectionCache[SlotPool]]
+    tally: DemandTally | None
     recorder: RoutingRecorder | None
-    predictor: ScoredPredictor | None
+    predictor: Predictor | None
 
     @property
     def num_experts(self) -> int:
@@ -80,23 +83,21 @@ class OffloadedModel:
     @property
     def stats(self) -> CacheStats:
         """Of all caches together."""
-        return CacheStats(
-            **{
-                field.name: sum(getattr(cache.stats, field.name) for cache in self.caches.values())
-                for field in fields(CacheStats)
-            }
-        )
+        return sum_stats(self.caches.values())
 
     def describe_plan(self) -> str:
         """One line for people: what is where; a second one with the forecast, or with how to have one."""
         tier, plan = self.plan.tier, self.plan
         slots = sum(cache.pool.num_slots for cache in self.caches.values())
         slot_bytes = sum(cache.pool.num_bytes for cache in self.caches.values())
+        num_tokens = plan.batch_size * plan.num_positions
+        texts = f" of {plan.batch_size} texts at once" if plan.batch_size > 1 else ""
         where = (
             f"{format_bytes(tier.core_bytes)} of weights resident, {slots} of {self.num_experts} experts "
             f"({slots / self.num_experts:.0%}, {format_bytes(slot_bytes)}) kept in memory, "
-            f"{format_bytes(tier.kv_bytes)} for keys and values of {plan.batch_size * plan.num_positions} tokens, "
-            f"{format_bytes(tier.step_bytes)} for a pass of {plan.prefill_tokens} tokens"
+            f"{format_bytes(tier.kv_bytes)} for keys and values of {num_tokens} tokens{texts}, "
+            f"{format_bytes(tier.step_bytes)} for a pass of {plan.prefill_tokens} tokens; "
+            f"{plan.read_mode} reads, {plan.num_readers} in flight"
         )
         forecast = (
             "no forecast of the speed: run moesys doctor once, which takes less than a minute"
@@ -117,35 +118,55 @@ class OffloadedModel:
         )
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What is noted of a run within a budget; none of it changes what is computed.
+
+    usage:    file of how often each expert was used: read where it exists, so that the run begins with what is used
+              most, and written at the end.
+    trace:    is told of everything that is read and computed.
+    tallies:  whether it is noted which experts are asked for, in two bytes each: what a `RunMeter` judges the policy by.
+    records:  whether the routing of all tokens is kept, two bytes for each choice of each layer.
+    """
+
+    usage: Path | None = None
+    trace: Trace | None = None
+    tallies: bool = False
+    records: bool = False
+
+
+def sum_stats(caches: Collection[SectionCache[SlotPool]]) -> CacheStats:
+    """Returns the counts of several caches together."""
+    names = [field.name for field in fields(CacheStats)]
+    return CacheStats(**{name: sum(getattr(cache.stats, name) for cache in caches) for name in names})
+
+
 @contextmanager
 def load_offloaded(
     path: Path,
     request: OffloadRequest,
     *,
     product: Int8Product | None = None,
-    usage: Path | None = None,
-    trace: Trace | None = None,
-    records: bool = False,
+    watch: Watch | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[OffloadedModel]:
     """Loads a model folder or a packed file within a budget; its files stay open inside, and outside it computes no
     more.
 
     product:      how int8 weights are multiplied; None for ``w8``.
-    usage:        file of how often each expert was used: read where it exists, so that the run begins with what is used
-                  most, and written at the end.
-    trace:        is told of everything that is read and computed.
-    records:      whether all routing is kept, to be replayed afterwards; it takes memory with every token.
+    watch:        what is noted of the run; None notes nothing.
     on_progress:  gets (bytes read, bytes to read), of what stays in memory.
 
     Raises `ModelFormatError` for a model whose experts cannot be read one by one, `ConfigError` for a budget that is
     none, `GenerationError` for one that is too small, and `DataError` for another model's usage; nothing is loaded
     then.
     """
+    watch = watch or Watch()
+    trace = watch.trace
     with ExitStack() as stack:
         weights = stack.enter_context(open_weights(path, product))
         plan = plan_offload(path, weights, request)
-        profile = None if usage is None else _read_usage(usage, path)
+        profile = None if watch.usage is None else _read_usage(watch.usage, path)
         reader = stack.enter_context(
             SectionReader(
                 plan.num_readers,
@@ -158,7 +179,7 @@ def load_offloaded(
         tier = _open_tier(reader, plan)
         caches = _make_caches(weights.experts, plan, tier, profile)
         model = weights.load_resident(on_progress)
-        predictor = stack.enter_context(_open_predictor(model, caches.values())) if request.predicts else None
+        predictor = stack.enter_context(_open_predictor(model)) if request.predicts else None
         layers = {
             layer_id: CachedLayer(
                 caches[weights.experts.layouts[layer_id]],
@@ -168,33 +189,37 @@ def load_offloaded(
             for layer_id, bank in list_banks(model)
         }
         cached = CachedSource(layers, predictor=predictor)
+        source: ExpertSource = cached
         if trace is not None:
             trace.name_sections(weights.experts.sections)
-        source: ExpertSource = cached if trace is None else TracedSource(cached, trace)
-        recorder = RoutingRecorder(source) if records else None
+            source = traced = TracedSource(source, trace, lambda: sum_stats(caches.values()).stall_s)
+            stack.enter_context(traced.watching(model))
+        tally = recorder = None
+        if watch.tallies:
+            source = tally = DemandTally(source)
+        if watch.records:
+            source = recorder = RoutingRecorder(source)
         if profile is not None:
             for cache in caches.values():
                 preload(cache, profile, cache.sections)
         yield OffloadedModel(
             model,
-            Execution(LocalDispatcher(), source if recorder is None else recorder),
+            Execution(LocalDispatcher(), source),
             weights.experts,
             plan,
             tier,
             caches,
+            tally,
             recorder,
             predictor,
         )
-        if usage is not None and profile is not None:
-            profile.follow(cached.uses).write(usage)
+        if watch.usage is not None and profile is not None:
+            profile.follow(cached.uses).write(watch.usage)
 
 
-@contextmanager
-def _open_predictor(model: Decoder, caches: Collection[SectionCache[SlotPool]]) -> Iterator[ScoredPredictor]:
+def _open_predictor(model: Decoder) -> EarlyRouter:
     """Asks each layer's router early, with what the layer before saw."""
-    routers = {layer_id: layer.router for layer_id, layer in find_layers(model).items()}
-    with EarlyRouter(routers) as early:
-        yield ScoredPredictor(early, lambda key: any(cache.is_here(key) for cache in caches))
+    return EarlyRouter({layer_id: layer.router for layer_id, layer in find_layers(model).items()})
 
 
 def _open_tier(reader: SectionReader, plan: OffloadPlan) -> HostTier:

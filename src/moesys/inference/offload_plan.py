@@ -6,14 +6,19 @@ one that promises nothing. Reads headers and the saved measurement; loads nothin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
+
+import torch
 
 from moesys.checkpoint import OffloadedWeights
-from moesys.errors import ConfigError, GenerationError
+from moesys.errors import ConfigError, GenerationError, IneffectiveOptionError
 from moesys.inference.generate import PREFILL_TOKENS
 from moesys.inference.step_memory import compute_step_bytes
+from moesys.models import DecoderConfig
 from moesys.moe import SlotLayout
 from moesys.planning import (
     Budget,
@@ -34,6 +39,7 @@ from moesys.planning import (
     read_profiles,
     spend,
 )
+from moesys.planning.plan import BATCH_SIZES, Spend
 from moesys.store import PolicyName, ReadMode, find_direct_obstacle
 
 _READERS = 4
@@ -47,6 +53,7 @@ class OffloadRequest:
     host_memory:    a size for everything, such as ``8GiB``, or a share of the weights, such as ``50%``.
     num_positions:  tokens of a sequence at most; None for the model's full context.
     batch_size:     sequences that are open at once; None for what serves the goal.
+    num_texts:      sequences that there are in all, and never more are open at once; None where that is not known.
     num_slots:      experts in memory, at most as many as the budget holds; None for as many. For tests and diagnosis.
     policy:         which expert leaves when a slot is needed.
     predicts:       whether the next layer's router is asked early, and what it names read while the disk is idle.
@@ -56,11 +63,41 @@ class OffloadRequest:
     host_memory: str
     num_positions: int | None = None
     batch_size: int | None = None
+    num_texts: int | None = None
     goal: Goal = Goal.LATENCY
     num_slots: int | None = None
     policy: PolicyName = PolicyName.LRFU
     predicts: bool = False
     verifies: bool = True
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What of a model its memory depends on, known from headers.
+
+    dtype: as which it is computed.
+    """
+
+    config: DecoderConfig
+    dtype: torch.dtype
+    footprint: Footprint
+
+    @classmethod
+    def measure(
+        cls, config: DecoderConfig, dtype: torch.dtype, core_bytes: int, section_bytes: Sequence[int]
+    ) -> Self:
+        """core_bytes: of the weights that every token uses; section_bytes: of each expert."""
+        footprint = Footprint(
+            core_bytes=core_bytes,
+            section_bytes=tuple(section_bytes),
+            kv_bytes_per_token=compute_kv_bytes_per_token(config.mixers, dtype.itemsize),
+            state_bytes=compute_state_bytes(config.mixers),
+        )
+        return cls(config, dtype, footprint)
+
+    def count_step_bytes(self, num_positions: int, num_tokens: int, num_sequences: int) -> int:
+        """See `compute_step_bytes`."""
+        return compute_step_bytes(self.config, num_tokens, num_positions, self.dtype.itemsize, num_sequences)
 
 
 @dataclass(frozen=True)
@@ -89,26 +126,32 @@ def plan_offload(path: Path, weights: OffloadedWeights, request: OffloadRequest)
     Raises `ConfigError` for a budget that is none, and `GenerationError` for one that is too small, or for more slots
     than it holds.
     """
-    footprint = measure_footprint(weights)
-    budget = parse_budget(request.host_memory, "--host-memory", "RAM", footprint.weight_bytes)
-    num_positions = request.num_positions or weights.config.position_limit
+    section_bytes = [section.num_bytes for section in weights.experts.sections.values()]
+    size = ModelSize.measure(weights.config, weights.dtype, weights.resident_bytes, section_bytes)
+    require_room(size, request)
     profile = find_saved_profile(path)
     if profile is None:
-        plan = _plan_unmeasured(weights, request, footprint, budget, num_positions)
+        plan = _plan_unmeasured(size, request, _choose_read_mode(weights))
     else:
-        plan = _plan_measured(weights, request, footprint, budget, num_positions, profile)
+        plan = _plan_measured(weights, size, request, profile)
     return plan if request.num_slots is None else _limit_slots(plan, request.num_slots)
 
 
-def measure_footprint(weights: OffloadedWeights) -> Footprint:
-    """Returns what a model needs in memory."""
-    mixers = weights.config.mixers
-    return Footprint(
-        core_bytes=weights.resident_bytes,
-        section_bytes=tuple(section.num_bytes for section in weights.experts.sections.values()),
-        kv_bytes_per_token=compute_kv_bytes_per_token(mixers, weights.dtype.itemsize),
-        state_bytes=compute_state_bytes(mixers),
-    )
+def require_room(size: ModelSize, request: OffloadRequest) -> None:
+    """Raises `ConfigError` for a budget that is none, and `GenerationError` with the sum for one in which a model can
+    not run, whatever the plan."""
+    smallest = _spend(size, request, _list_batch_sizes(request)[0])
+    if not smallest.fits:
+        raise GenerationError(smallest.explain(size.footprint))
+
+
+def require_stored_dtype(path: Path, dtype: str | None) -> None:
+    """Raises `IneffectiveOptionError` for a dtype that is asked for beside a budget."""
+    if dtype is not None:
+        raise IneffectiveOptionError(
+            f"--dtype {dtype} has no effect with --host-memory, where experts are read as they are stored; pack the "
+            f"model first: moesys pack {path} --to FILE --dtype {dtype}"
+        )
 
 
 def find_saved_profile(path: Path) -> MachineProfile | None:
@@ -122,51 +165,71 @@ def find_saved_profile(path: Path) -> MachineProfile | None:
 
 
 def divide_slots(plan: OffloadPlan, sizes: dict[SlotLayout, list[int]]) -> dict[SlotLayout, int]:
-    """Returns how many slots the experts of each layout get: all of them, or the same share of their bytes.
+    """Returns how many slots the experts of each layout get: all of them, or one and the same share of the others.
 
     sizes: of the experts of each layout. Raises `GenerationError` where a layout would get none.
     """
-    tier, total = plan.tier, sum(map(sum, sizes.values()))
+    tier = plan.tier
     if len(sizes) == 1:
         return dict.fromkeys(sizes, tier.num_experts)
-    share = min(1.0, tier.expert_bytes / total)
-    slots = {layout: int(share * len(of_layout)) for layout, of_layout in sizes.items()}
-    if not all(slots.values()):
+    first_bytes = sum(max(of_layout) for of_layout in sizes.values())
+    if tier.expert_bytes < first_bytes:
         raise GenerationError(
-            f"the budget holds {share:.1%} of the experts, which come in {len(sizes)} shapes with slots of their own: "
-            "not one expert of each; raise --host-memory"
+            f"the budget holds {tier.expert_bytes} bytes of experts, which come in {len(sizes)} shapes with slots of "
+            f"their own: one of each takes {first_bytes}; raise --host-memory"
         )
-    return slots
+    other_bytes = sum(map(sum, sizes.values())) - first_bytes
+    share = (tier.expert_bytes - first_bytes) / other_bytes if other_bytes else 1.0
+    if plan.request.num_slots is not None:
+        num_others = sum(map(len, sizes.values())) - len(sizes)
+        share = min(share, (tier.num_experts - len(sizes)) / num_others if num_others else 1.0)
+    return {layout: 1 + int(min(1.0, share) * (len(of_layout) - 1)) for layout, of_layout in sizes.items()}
 
 
-def _plan_unmeasured(
-    weights: OffloadedWeights,
-    request: OffloadRequest,
-    footprint: Footprint,
-    budget: Budget,
-    num_positions: int,
-) -> OffloadPlan:
-    batch_size = request.batch_size or 1
-    spent = spend(
-        footprint,
-        budget,
+def _plan_unmeasured(size: ModelSize, request: OffloadRequest, read_mode: ReadMode) -> OffloadPlan:
+    spends = [_spend(size, request, batch_size) for batch_size in _list_batch_sizes(request)]
+    largest = [spent for spent in spends if spent.fits][-1]
+    return OffloadPlan(
+        request,
+        size.footprint,
+        largest.placement.tiers[0],
+        _choose_positions(size, request),
+        largest.batch_size,
+        largest.pass_tokens,
+        read_mode,
+        _READERS,
+        None,
+    )
+
+
+def _list_batch_sizes(request: OffloadRequest) -> list[int]:
+    """Returns how many sequences may be open at once, the fewest first."""
+    if request.batch_size is not None:
+        batch_sizes = [request.batch_size]
+    else:
+        batch_sizes = [1] if request.goal is Goal.LATENCY else list(BATCH_SIZES)
+    if request.num_texts is None:
+        return batch_sizes
+    return sorted({min(batch_size, request.num_texts) for batch_size in batch_sizes})
+
+
+def _choose_positions(size: ModelSize, request: OffloadRequest) -> int:
+    return request.num_positions or size.config.position_limit
+
+
+def _parse_budget(size: ModelSize, request: OffloadRequest) -> Budget:
+    return parse_budget(request.host_memory, "--host-memory", "RAM", size.footprint.weight_bytes)
+
+
+def _spend(size: ModelSize, request: OffloadRequest, batch_size: int) -> Spend:
+    num_positions = _choose_positions(size, request)
+    return spend(
+        size.footprint,
+        _parse_budget(size, request),
         num_positions=num_positions,
         batch_size=batch_size,
         pass_tokens=min(PREFILL_TOKENS, num_positions),
-        step_bytes=partial(_count_step_bytes, weights, num_positions),
-    )
-    if not spent.fits:
-        raise GenerationError(spent.explain(footprint))
-    return OffloadPlan(
-        request,
-        footprint,
-        spent.placement.tiers[0],
-        num_positions,
-        batch_size,
-        spent.pass_tokens,
-        _choose_read_mode(weights),
-        _READERS,
-        None,
+        step_bytes=partial(size.count_step_bytes, num_positions),
     )
 
 
@@ -178,33 +241,32 @@ def _choose_read_mode(weights: OffloadedWeights) -> ReadMode:
 
 
 def _plan_measured(
-    weights: OffloadedWeights,
-    request: OffloadRequest,
-    footprint: Footprint,
-    budget: Budget,
-    num_positions: int,
-    profile: MachineProfile,
+    weights: OffloadedWeights, size: ModelSize, request: OffloadRequest, profile: MachineProfile
 ) -> OffloadPlan:
-    config = weights.config
+    config, num_positions = size.config, _choose_positions(size, request)
     section_bytes = {layer: section.num_bytes for (layer, _), section in weights.experts.sections.items()}
     lookup_bytes = (
-        0 if config.tie_embeddings else config.vocab_size * config.hidden_size * weights.dtype.itemsize
+        0 if config.tie_embeddings else config.vocab_size * config.hidden_size * size.dtype.itemsize
     )
-    predicted = make_plan(
-        footprint,
-        budget,
+    plan_batch = partial(
+        make_plan,
+        size.footprint,
+        _parse_budget(size, request),
         profile,
         num_positions=num_positions,
         active=make_activity(
-            config, footprint, [section_bytes[i] for i in sorted(section_bytes)], lookup_bytes
+            config, size.footprint, [section_bytes[i] for i in sorted(section_bytes)], lookup_bytes
         ),
-        step_bytes=partial(_count_step_bytes, weights, num_positions),
+        step_bytes=partial(size.count_step_bytes, num_positions),
         goal=request.goal,
-        batch_size=request.batch_size,
     )
+    batch_sizes = _list_batch_sizes(request)
+    predicted = plan_batch(batch_size=batch_sizes[0] if len(batch_sizes) == 1 else None)
+    if predicted.batch_size > batch_sizes[-1]:
+        predicted = plan_batch(batch_size=batch_sizes[-1])
     return OffloadPlan(
         request,
-        footprint,
+        size.footprint,
         predicted.tier,
         num_positions,
         predicted.batch_size,
@@ -215,19 +277,12 @@ def _plan_measured(
     )
 
 
-def _count_step_bytes(
-    weights: OffloadedWeights, num_positions: int, num_tokens: int, num_sequences: int
-) -> int:
-    return compute_step_bytes(
-        weights.config, num_tokens, num_positions, weights.dtype.itemsize, num_sequences
-    )
-
-
 def _limit_slots(plan: OffloadPlan, num_slots: int) -> OffloadPlan:
-    if not 1 <= num_slots <= plan.tier.num_experts:
+    least = plan.footprint.num_shapes
+    if not least <= num_slots <= plan.tier.num_experts:
         raise GenerationError(
-            f"num_slots ({num_slots}) must be 1 to {plan.tier.num_experts}, as many experts as the budget holds; raise "
-            "the budget or leave it out"
+            f"num_slots ({num_slots}) must be {least} to {plan.tier.num_experts}, from one for each shape of experts "
+            "to as many as the budget holds; raise the budget or leave it out"
         )
     tier = replace(plan.tier, num_experts=num_slots, expert_bytes=num_slots * plan.footprint.slot_bytes)
     # What was predicted is of another number of slots.

@@ -13,10 +13,9 @@ from moesys.errors import IneffectiveOptionError
 from moesys.inference.continuation import Stop
 from moesys.inference.engine import Engine
 from moesys.inference.generate import PREFILL_TOKENS, Generation, generate
-from moesys.inference.offload import OffloadedModel, load_offloaded
-from moesys.inference.offload_plan import OffloadRequest
+from moesys.inference.offload import OffloadedModel, Watch, load_offloaded
+from moesys.inference.offload_plan import OffloadRequest, require_stored_dtype
 from moesys.inference.sampling import SamplingParams
-from moesys.inference.trace import Trace
 from moesys.kernels import Int8Product
 
 
@@ -92,35 +91,31 @@ def open_model(
     dtype: str | None = None,
     product: Int8Product | None = None,
     request: OffloadRequest | None = None,
-    usage: Path | None = None,
-    trace: Trace | None = None,
-    records: bool = False,
+    watch: Watch | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[OpenModel]:
     """Opens a Hugging Face folder or a packed file.
 
-    dtype:                  ``fp32``, ``bf16`` or None for the stored one.
-    product:                how int8 weights are multiplied; None for ``w8``.
-    request:                the budget within which it runs; None holds all weights.
-    usage, trace, records:  of a run within a budget, see `load_offloaded`.
-    on_progress:            gets (bytes read, bytes to read) while it is opened.
+    dtype:        ``fp32``, ``bf16`` or None for the stored one.
+    product:      how int8 weights are multiplied; None for ``w8``.
+    request:      the budget within which it runs; None holds all weights.
+    watch:        what is noted of a run within a budget.
+    on_progress:  gets (bytes read, bytes to read) while it is opened.
 
     Raises `ModelFormatError`, `DataError`, for budgets `ConfigError` or `GenerationError`, and
-    `IneffectiveOptionError` for a dtype beside a budget.
+    `IneffectiveOptionError` for a dtype beside a budget, or something to note without one.
     """
     if request is None:
+        if watch is not None:
+            raise IneffectiveOptionError(
+                f"{watch} has no effect without a budget: all weights are in memory then; give a request or drop it"
+            )
         loaded = load_text_model(path, dtype, on_progress, product=product)
         yield OpenModel(Engine(loaded.decoder), loaded.tokenizer, loaded.stop_ids)
         return
-    if dtype is not None:
-        raise IneffectiveOptionError(
-            f"--dtype {dtype} has no effect with --host-memory, where experts are read as they are stored; pack the "
-            f"model first: moesys pack {path} --to FILE --dtype {dtype}"
-        )
+    require_stored_dtype(path, dtype)
     tools = read_text_tools(path)
-    with load_offloaded(
-        path, request, product=product, usage=usage, trace=trace, records=records, on_progress=on_progress
-    ) as offloaded:
+    with load_offloaded(path, request, product=product, watch=watch, on_progress=on_progress) as offloaded:
         tools.require_fit(offloaded.model.config.vocab_size)
         engine = Engine(offloaded.model, offloaded.execution, num_pages=offloaded.num_pages)
         yield OpenModel(engine, tools.tokenizer, tools.stop_ids, offloaded.plan.prefill_tokens, offloaded)

@@ -1,7 +1,8 @@
-"""Results in a file of JSON lines, in the order of the prompts however they finish, which a later run goes on with.
+"""Results in a file of JSON lines, each written when its text is finished, which a later run goes on with.
 
-Beside it lies a small file with the settings that the texts depend on: what was written under other settings is not
-mixed with. Whatever ends a run leaves whole lines; a half line, as a power cut may leave, is dropped by the next run.
+A line names its prompt, so that what is there counts in whatever order it came, and a long text holds up no other.
+Beside the file lies a small one with the settings that the texts depend on: what was written under others is not mixed
+with. Whatever ends a run leaves whole lines; a half line, as a power cut may leave, is dropped by the next run.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,28 @@ from moesys.errors import GenerationError
 from moesys.inference.batch import BatchResult
 from moesys.inference.prompt_file import PromptLine
 
+_IDENTITY_KEYS = ("line", "id", "prompt", "max_new_tokens")
+
 
 class ResultFile:
-    """The results of a file of prompts, open for more.
+    """The results of a file of prompts, open for more."""
 
-    num_done: of the first prompts, whose results it holds.
-    """
-
-    def __init__(self, descriptor: int, prompts: Sequence[PromptLine], num_done: int) -> None:
+    def __init__(self, descriptor: int, prompts: Sequence[PromptLine], done: Collection[int]) -> None:
+        """done: which prompts, by index, the file holds results of."""
         self._descriptor = descriptor
         self._prompts = prompts
-        self._held: dict[int, BatchResult] = {}
-        self.num_done = num_done
+        self._done = set(done)
+
+    @property
+    def left(self) -> list[int]:
+        """Which prompts have no result yet, in order."""
+        return [index for index in range(len(self._prompts)) if index not in self._done]
 
     def add(self, index: int, result: BatchResult) -> None:
-        """Takes the result of the prompt at ``index``; it is written when those of all earlier prompts are."""
-        self._held[index] = result
-        while (ready := self._held.pop(self.num_done, None)) is not None:
-            _write_whole(self._descriptor, _render(self._prompts[self.num_done], ready))
-            self.num_done += 1
+        """Writes the result of the prompt at ``index``, which has none yet."""
+        assert index not in self._done
+        _write_whole(self._descriptor, _render(self._prompts[index], result))
+        self._done.add(index)
 
 
 @contextmanager
@@ -56,14 +60,15 @@ def open_results(
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.split(b"\n")[:-1]
         settings_path = path.with_name(f"{path.name}.settings.json")
+        done: list[int] = []
         if data:
             _require_same_settings(path, settings_path, settings)
-            _require_same_prompts(path, lines, prompts)
+            done = _find_done(path, lines, prompts)
         else:
             write_text_atomic(settings_path, f"{json.dumps(settings, indent=2)}\n")
         os.ftruncate(descriptor, len(whole))
         os.lseek(descriptor, 0, os.SEEK_END)
-        yield ResultFile(descriptor, prompts, len(lines))
+        yield ResultFile(descriptor, prompts, done)
 
 
 @contextmanager
@@ -138,22 +143,28 @@ def _require_same_settings(path: Path, settings_path: Path, settings: Mapping[st
         raise GenerationError(f"{path} was written under other settings: {'; '.join(other)}; {advice}")
 
 
-def _require_same_prompts(path: Path, lines: Sequence[bytes], prompts: Sequence[PromptLine]) -> None:
+def _find_done(path: Path, lines: Sequence[bytes], prompts: Sequence[PromptLine]) -> list[int]:
+    """Returns for each line of results the index of its prompt."""
     advice = "choose another --output, or give the prompts that it was begun with"
-    if len(lines) > len(prompts):
-        raise GenerationError(f"{path} holds {len(lines)} results of {len(prompts)} prompts; {advice}")
-    for number, (line, prompt) in enumerate(zip(lines, prompts, strict=False), start=1):
+    indices = {prompt.number: index for index, prompt in enumerate(prompts)}
+    done: dict[int, int] = {}
+    for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
         except ValueError as error:
             raise GenerationError(f"{path}: line {number} is not JSON ({error}); {advice}") from None
-        expected = _identify(prompt)
-        named = isinstance(found, dict) and {key: found[key] for key in _identity_keys(found)}
-        if named != expected:
+        name = found.get("line") if isinstance(found, dict) else None
+        index = indices.get(name) if type(name) is int else None
+        if index is None:
+            raise GenerationError(f"{path}: line {number} is not the result of any of the prompts; {advice}")
+        if {key: found[key] for key in _IDENTITY_KEYS if key in found} != _identify(prompts[index]):
             raise GenerationError(
-                f"{path}: the result in line {number} is not that of the prompt in line {prompt.number}; {advice}"
+                f"{path}: the result in line {number} is not that of the prompt in line {name}; {advice}"
             )
-
-
-def _identity_keys(found: Mapping[str, Any]) -> list[str]:
-    return [key for key in ("line", "id", "prompt", "max_new_tokens") if key in found]
+        if index in done:
+            raise GenerationError(
+                f"{path}: line {number} and line {done[index]} are both results of the prompt in line {name}; "
+                "remove one of them"
+            )
+        done[index] = number
+    return list(done)

@@ -92,29 +92,32 @@ def _keep(probs_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | Non
     if params.top_k is None and params.top_p == 1:
         kept_V = probs_V.double()
         return kept_V.masked_fill(probs_V < params.min_p * probs_V.max(), 0), None
-    ids = _find_likely(probs_V, params)
-    probs, order = probs_V[ids].sort(descending=True, stable=True)
-    return _filter(probs.double(), params), ids[order]
+    cut = params.top_k if params.top_k is not None and params.top_k < probs_V.shape[0] else None
+    ids = _find_likely(probs_V, cut, params.top_p)
+    sorted_probs, order = probs_V[ids].sort(descending=True, stable=True)
+    probs = sorted_probs.double()[:cut]
+    total = probs_V.double().sum() if cut is None else probs.sum()
+    return _filter(probs, total, params), ids[order]
 
 
-def _find_likely(probs_V: Tensor, params: SamplingParams) -> Tensor:
-    """Returns the tokens, in order, among which are all that ``top_k`` and ``top_p`` can leave."""
-    size = probs_V.shape[0]
-    if params.top_k is not None and params.top_k < size:
-        least = probs_V.topk(params.top_k).values[-1]
-    else:
-        # Tokens below half of this come to less than half of what the nucleus may leave out.
-        least = (1 - params.top_p) / size / 2
+def _find_likely(probs_V: Tensor, cut: int | None, top_p: float) -> Tensor:
+    """Returns the tokens, in order, among which are all that ``top_k`` and ``top_p`` can leave.
+
+    cut: ``top_k``; None where it leaves no token out.
+    """
+    # Where nothing is cut, the tokens below come to less than half of what the nucleus may leave out.
+    least = (1 - top_p) / probs_V.shape[0] / 2 if cut is None else probs_V.topk(cut).values[-1]
     return (probs_V >= least).nonzero().squeeze(1)
 
 
-def _filter(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Returns the first of the descending probabilities, as many as the parameters keep; one at least."""
-    if params.top_k is not None:
-        probs = probs[: params.top_k]
+def _filter(probs: Tensor, total: Tensor, params: SamplingParams) -> Tensor:
+    """Returns the first of the descending probabilities, as many as ``top_p`` and ``min_p`` keep; one at least.
+
+    total: of all that ``top_k`` leaves, which may be more than those given.
+    """
     if params.top_p < 1:
         before = probs.cumsum(0) - probs
-        probs = probs[: max(1, int((before < params.top_p * probs.sum()).sum()))]
+        probs = probs[: max(1, int((before < params.top_p * total).sum()))]
     if params.min_p > 0:
         probs = probs[: int((probs >= params.min_p * probs[0]).sum())]
     return probs

@@ -46,9 +46,14 @@ def compute_step_bytes(
 
 def _count_feed_forward_bytes(layer: MoEConfig | DenseConfig, hidden_size: int, num_tokens: int) -> int:
     if isinstance(layer, DenseConfig):
-        return num_tokens * (3 * layer.intermediate_size + hidden_size) * _FLOAT_BYTES
+        return num_tokens * _count_dense_elements(layer.intermediate_size, hidden_size) * _FLOAT_BYTES
     inner = (1 + layer.form.num_halves) * layer.intermediate_size
     chosen = num_tokens * layer.top_k * (inner + 2 * hidden_size)
-    shared = num_tokens * (3 * layer.shared_intermediate_size + hidden_size)
+    shared = num_tokens * _count_dense_elements(layer.shared_intermediate_size, hidden_size)
     router = 6 * num_tokens * layer.num_experts
     return (chosen + shared + router) * _FLOAT_BYTES
+
+
+def _count_dense_elements(inner_size: int, hidden_size: int) -> int:
+    """Gate and up, the activated gate and their product; or gate and up, the product and the result."""
+    return max(4 * inner_size, 3 * inner_size + hidden_size)

@@ -1,6 +1,7 @@
 """Law 2 on a real model: within a budget of memory it computes the bits of the resident one.
 
-The same fixed tokens run through both, a prompt in one pass and then token by token. Where the whole model does not fit
+The same fixed tokens run through both: a prompt in two passes, each of which is expected to need nearly all experts, so
+that they come in the order of the layers, and then token by token. Where the whole model does not fit
 in memory beside nothing else, each MoE layer is held against its resident self instead: the layer's inputs in the
 offloaded run are computed once more with all of that layer's experts in memory, one layer at a time; everything else
 of the model is the same memory in both. Knows nothing of commands.
@@ -8,10 +9,12 @@ of the model is the same memory in both. Knows nothing of commands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,27 +25,74 @@ from moesys.inference.engine import Engine, SequenceStep
 from moesys.inference.offload import OffloadedModel, load_offloaded
 from moesys.inference.offload_plan import OffloadRequest, plan_offload
 from moesys.kernels import BankView, ModuleView
-from moesys.models import Decoder
-from moesys.moe import Execution, MoELayer, find_layers
+from moesys.models import Decoder, DecoderConfig
+from moesys.moe import Execution, MoEConfig, MoELayer, find_layers
 from moesys.planning import read_free_ram_bytes
 from moesys.store import SectionReader, SlotPool, Urgency
 
-NUM_PROMPT_TOKENS = 48
-NUM_DECODED_TOKENS = 16
+_NUM_PASSES = 2
+_PASS_TOKENS = range(24, 513)
+_NEEDED_SHARE = 0.99
+"""Of each layer's experts that a pass over the prompt would need if all were needed alike: enough for routers that
+prefer some."""
+_NUM_DECODED_TOKENS = 16
 _SLACK_BYTES = 2**30
 """Beside the weights, when a whole model is loaded: what loading and computing take."""
+
+
+@dataclass(frozen=True)
+class CheckedTokens:
+    """What is computed: a prompt in passes, then the other tokens, one by one."""
+
+    token_ids: tuple[int, ...]
+    pass_tokens: int
+
+    @classmethod
+    def draw(cls, config: DecoderConfig) -> Self:
+        """Returns fixed random tokens for a model, as many as its experts and its positions ask for."""
+        pass_tokens = count_pass_tokens(config)
+        num_tokens = _NUM_PASSES * pass_tokens + _NUM_DECODED_TOKENS
+        generator = torch.Generator().manual_seed(0)
+        return cls(
+            tuple(torch.randint(0, config.vocab_size, (num_tokens,), generator=generator).tolist()),
+            pass_tokens,
+        )
+
+    def list_passes(self) -> list[tuple[int, ...]]:
+        """Returns the tokens of each pass through the model."""
+        prompt_tokens = _NUM_PASSES * self.pass_tokens
+        starts = range(0, prompt_tokens, self.pass_tokens)
+        prompt = [self.token_ids[start : start + self.pass_tokens] for start in starts]
+        return prompt + [(token_id,) for token_id in self.token_ids[prompt_tokens:]]
+
+
+def count_pass_tokens(config: DecoderConfig) -> int:
+    """Returns how many tokens, each choosing k of a layer's E experts on its own, are expected to need 99 % of them in
+    every layer: n with 1 - (1 - k / E)^n >= 0.99; 24 to 512, and never more than there are positions for."""
+    shares = [
+        layer.top_k / layer.num_experts for layer in config.feed_forwards if isinstance(layer, MoEConfig)
+    ]
+    needed = max((_count_tokens(share) for share in shares), default=0)
+    most = (config.position_limit - _NUM_DECODED_TOKENS) // _NUM_PASSES
+    return max(1, min(max(needed, _PASS_TOKENS.start), _PASS_TOKENS[-1], most))
+
+
+def _count_tokens(share: float) -> int:
+    return 1 if share >= 1 else math.ceil(math.log(1 - _NEEDED_SHARE) / math.log(1 - share))
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Values of an offloaded run beside those of the resident one.
 
+    predicts:            whether experts were read on a guess.
     num_slots:           experts that could be in memory.
     num_different:       values whose bits differ, of ``num_values``.
     largest_difference:  of them, beside the largest resident value ``largest_value``.
     first:               where the first of them is; None without any.
     """
 
+    predicts: bool
     num_slots: int
     num_values: int
     num_different: int
@@ -56,10 +106,11 @@ class Comparison:
 
     def describe(self) -> str:
         """One line for people."""
+        run = f"{self.num_slots} experts in memory{', others guessed' if self.predicts else ''}"
         if self.is_equal:
-            return f"{self.num_slots} experts in memory: {self.num_values} values are equal bit for bit"
+            return f"{run}: {self.num_values} values are equal bit for bit"
         return (
-            f"{self.num_slots} experts in memory: {self.num_different} of {self.num_values} values DIFFER, by up to "
+            f"{run}: {self.num_different} of {self.num_values} values DIFFER, by up to "
             f"{self.largest_difference:.3g} of values up to {self.largest_value:.3g}; the first in {self.first}"
         )
 
@@ -88,7 +139,8 @@ def verify_model(
     by_layer: bool | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> EqualityCheck:
-    """Runs fixed random tokens with few, some and as many experts in memory as the budget holds, and compares.
+    """Runs fixed random tokens with few, some and as many experts in memory as the budget holds, and with some once more
+    while others are read on a guess, and compares.
 
     host_memory:  the budget; None for what every token uses and half of the experts.
     by_layer:     whether to compare layer by layer; None where the whole does not fit in the memory that is free.
@@ -96,34 +148,36 @@ def verify_model(
 
     Raises `GenerationError` for a budget that cannot hold the model, `ModelFormatError` for one that has no experts.
     """
-    request = OffloadRequest(
-        _halve_experts(model) if host_memory is None else host_memory,
-        num_positions=NUM_PROMPT_TOKENS + NUM_DECODED_TOKENS,
-    )
+    budget = _halve_experts(model) if host_memory is None else host_memory
     with open_weights(model) as weights:
-        plan, config = plan_offload(model, weights, request), weights.config
-        most_slots = plan.tier.num_experts
+        tokens = CheckedTokens.draw(weights.config)
+        request = OffloadRequest(budget, num_positions=len(tokens.token_ids))
+        plan = plan_offload(model, weights, request)
+        least_slots, most_slots = plan.footprint.num_shapes, plan.tier.num_experts
         needed_bytes = plan.footprint.weight_bytes + _SLACK_BYTES
     if by_layer is None:
         by_layer = needed_bytes > read_free_ram_bytes()
-    draw = torch.Generator().manual_seed(0)
-    num_tokens = NUM_PROMPT_TOKENS + NUM_DECODED_TOKENS
-    token_ids = torch.randint(0, config.vocab_size, (num_tokens,), generator=draw).tolist()
     resident: list[Tensor] = []
     if not by_layer:
         on_stage("computing with all weights in memory")
-        resident = compute_logits(load_model(model), None, token_ids)
+        resident = compute_logits(load_model(model), None, tokens)
     comparisons = []
-    for num_slots in sorted({min(2, most_slots), (most_slots + 1) // 2, most_slots}):
-        on_stage(f"computing with {num_slots} experts in memory")
-        with load_offloaded(model, replace(request, num_slots=num_slots)) as offloaded:
+    some_slots = max(least_slots, (most_slots + 1) // 2)
+    runs = [
+        (num_slots, False)
+        for num_slots in sorted({max(least_slots, min(2, most_slots)), some_slots, most_slots})
+    ]
+    for num_slots, predicts in [*runs, (some_slots, True)]:
+        on_stage(f"computing with {num_slots} experts in memory{', others guessed' if predicts else ''}")
+        run = replace(request, num_slots=num_slots, predicts=predicts)
+        with load_offloaded(model, run) as offloaded:
             if by_layer:
-                comparisons.append(_compare_layers(offloaded, token_ids, on_stage))
+                comparisons.append(_compare_layers(offloaded, tokens, on_stage))
             else:
-                found = compute_logits(offloaded.model, offloaded.execution, token_ids)
+                found = compute_logits(offloaded.model, offloaded.execution, tokens)
                 names = [f"the logits of pass {i}" for i in range(len(found))]
-                comparisons.append(_compare(num_slots, names, found, resident))
-    return EqualityCheck(by_layer, num_tokens, tuple(comparisons))
+                comparisons.append(_compare(run, names, found, resident))
+    return EqualityCheck(by_layer, len(tokens.token_ids), tuple(comparisons))
 
 
 def _halve_experts(model: Path) -> str:
@@ -135,14 +189,15 @@ def _halve_experts(model: Path) -> str:
     return f"{share:.6%}"
 
 
-def compute_logits(model: Decoder, execution: Execution | None, token_ids: Sequence[int]) -> list[Tensor]:
-    """Returns the (tokens, vocabulary) logits of a prompt in one pass and of the other tokens, one by one."""
+def compute_logits(model: Decoder, execution: Execution | None, tokens: CheckedTokens) -> list[Tensor]:
+    """Returns the (tokens, vocabulary) logits of each pass."""
     engine = Engine(model, execution)
-    sequence_id = engine.open_sequence(len(token_ids))
-    prompt, rest = token_ids[:NUM_PROMPT_TOKENS], token_ids[NUM_PROMPT_TOKENS:]
-    logits = engine.step([SequenceStep(sequence_id, 0, prompt)])
-    for position, token_id in enumerate(rest, NUM_PROMPT_TOKENS):
-        logits += engine.step([SequenceStep(sequence_id, position, [token_id])])
+    sequence_id = engine.open_sequence(len(tokens.token_ids))
+    logits: list[Tensor] = []
+    position = 0
+    for token_ids in tokens.list_passes():
+        logits += engine.step([SequenceStep(sequence_id, position, token_ids)])
+        position += len(token_ids)
     engine.close_sequence(sequence_id)
     return logits
 
@@ -164,7 +219,7 @@ class _WholeLayer:
     def hint(self, layer_id: int, routing: object) -> None:
         """See `ExpertSource`. There is nothing to load."""
 
-    def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
+    def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
         """See `ExpertSource`. Does not look at the demand."""
         yield self._view
 
@@ -173,11 +228,11 @@ class _WholeLayer:
 
 
 def _compare_layers(
-    offloaded: OffloadedModel, token_ids: Sequence[int], on_stage: Callable[[str], None]
+    offloaded: OffloadedModel, tokens: CheckedTokens, on_stage: Callable[[str], None]
 ) -> Comparison:
     layers = find_layers(offloaded.model)
     with _recording(layers) as calls:
-        compute_logits(offloaded.model, offloaded.execution, token_ids)
+        compute_logits(offloaded.model, offloaded.execution, tokens)
     names, found, resident = [], [], []
     for layer_id, layer in layers.items():
         on_stage(f"computing layer {layer_id} with all its experts in memory")
@@ -188,7 +243,7 @@ def _compare_layers(
             names.append(f"layer {layer_id}, pass {i}")
             found.append(call.y)
             resident.append(y)
-    return _compare(offloaded.plan.tier.num_experts, names, found, resident)
+    return _compare(offloaded.plan.request, names, found, resident)
 
 
 @contextmanager
@@ -234,8 +289,9 @@ def _read_whole_layer(offloaded: OffloadedModel, layer_id: int) -> BankView:
 
 
 def _compare(
-    num_slots: int, names: Sequence[str], found: Sequence[Tensor], resident: Sequence[Tensor]
+    run: OffloadRequest, names: Sequence[str], found: Sequence[Tensor], resident: Sequence[Tensor]
 ) -> Comparison:
+    assert run.num_slots is not None
     if len(found) != len(resident):
         raise GenerationError(f"{len(found)} results cannot be compared with {len(resident)}")
     num_different, largest_difference, first = 0, 0.0, None
@@ -248,7 +304,8 @@ def _compare(
         num_different += int((differs.unflatten(-1, (-1, ours.itemsize))).any(dim=-1).sum())
         largest_difference = max(largest_difference, float((ours.float() - theirs.float()).abs().max()))
     return Comparison(
-        num_slots,
+        run.predicts,
+        run.num_slots,
         sum(values.numel() for values in resident),
         num_different,
         largest_difference,

@@ -22,6 +22,7 @@ from moesys.kernels.experts import (
     sum_rows,
 )
 from moesys.kernels.formats import Int8Product, Int8Weight, pack_int8
+from moesys.kernels.grouped_linear import grouped_linear
 from moesys.kernels.linear import linear
 from moesys.kernels.products import multiply
 from moesys.kernels.rms_norm import rms_norm
@@ -41,6 +42,7 @@ __all__ = [
     "compute_experts",
     "compute_experts_summed",
     "fill_expert_rows",
+    "grouped_linear",
     "linear",
     "linear_cross_entropy",
     "multiply",

@@ -107,6 +107,10 @@ class AttentionConfig:
         """See `MixerConfig`: scores and values, of the keys that the causal mask and the window leave."""
         return 2 * self.num_heads * self.head_dim * compute_mean_visible_keys(self.sliding_window, context)
 
+    def count_cached_products(self, context: int) -> float:
+        """See `MixerConfig`: the same."""
+        return self.count_products(context)
+
     def count_step_elements(self, num_tokens: int, num_positions: int) -> int:
         """See `MixerConfig`: queries, keys and values as projected, normalised and turned, the output, scores, and what
         a sink needs, a copy of the queries and of all visible keys and values."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesys.kernels import linear
+from moesys.kernels import grouped_linear
 from moesys.models.attend import Attend
 from moesys.models.mixer import CachedTensor, Mixer
 from moesys.models.norm import NormConfig, RMSNorm
@@ -21,10 +21,6 @@ from moesys.models.rotary import Rotation, apply_rotation
 from moesys.models.softmax_attention import SoftmaxRule, count_score_elements
 from moesys.models.visible_keys import compute_mean_visible_keys
 from moesys.moe import Linear
-
-FEW_TOKENS = 8
-"""Up to here a matrix per head is read faster for each token than for all together."""
-
 
 @dataclass(frozen=True)
 class LatentAttentionConfig:
@@ -107,6 +103,11 @@ class LatentAttentionConfig:
         visible = compute_mean_visible_keys(None, context)
         return self.num_heads * (self.key_dim + self.value_dim) * visible
 
+    def count_cached_products(self, context: int) -> float:
+        """See `MixerConfig`: scores and values of latents, of which every head takes all."""
+        visible = compute_mean_visible_keys(None, context)
+        return self.num_heads * (self.latent_key_dim + self.latent_rank) * visible
+
     def count_step_elements(self, num_tokens: int, num_positions: int) -> int:
         """See `MixerConfig`: queries in both forms and before and after their rotation, keys, the output in both forms,
         scores, and a copy of all visible keys."""
@@ -173,32 +174,13 @@ class LatentAttention(Mixer):
     def _attend_to_latents(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, attend: Attend
     ) -> Tensor:
-        """q_nope . (W_k latent) = (W_k^T q_nope) . latent, and likewise for the values."""
+        """q_nope . (W_k latent) = (W_k^T q_nope) . latent, and likewise for the values: products with a matrix per head,
+        in which a token's bits do not depend on how many others there are."""
         c = self.config
         weight_HFR = self.kv_b_proj.weight.unflatten(0, (c.num_heads, -1))
         key_HNR, value_HVR = weight_HFR.split([c.nope_head_dim, c.value_head_dim], dim=1)
-        q_latent = _absorb(q_nope.flatten(0, 1), key_HNR).view(*q_nope.shape[:3], c.latent_rank)
+        q_latent = grouped_linear(q_nope.flatten(0, 1), key_HNR.transpose(1, 2)).unflatten(0, q_nope.shape[:2])
         q = torch.cat([q_latent, q_rope], dim=-1)
         k = torch.cat([latent.unsqueeze(-2), k_rope], dim=-1)
         y = attend(self.layer_id, q, k, None, SoftmaxRule(c.scale, value_size=c.latent_rank))
-        return _expand(y.flatten(0, 1), value_HVR).view(*y.shape[:3], c.value_head_dim)
-
-
-def _absorb(q_THN: Tensor, key_HNR: Tensor) -> Tensor:
-    """Returns (tokens, heads, rank): each head's query times its own matrix.
-
-    A few tokens are multiplied one by one and many head by head: both are fast, and in both the bits of a token do not
-    depend on how many others there are.
-    """
-    if q_THN.shape[0] <= FEW_TOKENS:
-        return torch.stack([torch.bmm(q_HN.unsqueeze(1), key_HNR).squeeze(1) for q_HN in q_THN])
-    heads = zip(q_THN.unbind(1), key_HNR, strict=True)
-    return torch.stack([linear(q_TN, key_NR.t().contiguous()) for q_TN, key_NR in heads], dim=1)
-
-
-def _expand(y_THR: Tensor, value_HVR: Tensor) -> Tensor:
-    """Returns (tokens, heads, value elements), computed as in `_absorb`."""
-    if y_THR.shape[0] <= FEW_TOKENS:
-        return torch.stack([torch.bmm(value_HVR, y_HR.unsqueeze(2)).squeeze(2) for y_HR in y_THR])
-    heads = zip(y_THR.unbind(1), value_HVR, strict=True)
-    return torch.stack([linear(y_TR, value_VR) for y_TR, value_VR in heads], dim=1)
+        return grouped_linear(y.flatten(0, 1), value_HVR).unflatten(0, y.shape[:2])

@@ -14,12 +14,13 @@ from typing import Protocol
 
 import torch
 
+from moesys.errors import ModelFormatError
 from moesys.models.decoder import Block, Decoder
 from moesys.models.mixer import Mixer
 from moesys.models.mixer_layout import MIXER_LAYOUTS, MixerLayout
 from moesys.models.stored import Encoding, StoredTensor
 from moesys.models.stored_module import list_module, store
-from moesys.moe import ExpertBank, MoELayer, SwiGLU
+from moesys.moe import ExpertBank, MoELayer, QuantizedBank, QuantizedLinear, SwiGLU
 
 
 class ExpertStorage(StrEnum):
@@ -204,8 +205,10 @@ class Layout:
     def list_tensors(self, model: Decoder, present: Collection[str] = ()) -> Iterator[StoredTensor]:
         """Yields every tensor of the checkpoint.
 
-        present: the names in a checkpoint that is read; empty for the layout that is written.
+        present: the names in a checkpoint that is read; empty for the layout that is written. Raises `ModelFormatError`
+        before the first for a model with int8 weights, which no layout has names for.
         """
+        _require_floats(model)
         yield store("model.embed_tokens.weight", model.embedding.weight)
         for layer_id, block in enumerate(model.blocks):
             assert isinstance(block, Block)
@@ -232,6 +235,15 @@ class Layout:
             if f"{prefix}.{layout.prefix}.{layout.experts.probe}" in present:
                 return layout
         return self.moe[0]
+
+
+def _require_floats(model: Decoder) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedBank):
+            raise ModelFormatError(
+                f"{name} holds int8 weights, and checkpoints in Hugging Face layout hold floats; take the model folder "
+                "that these were packed from"
+            )
 
 
 def _list_dense(dense: SwiGLU, prefix: str) -> Iterator[StoredTensor]:

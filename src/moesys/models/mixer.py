@@ -90,7 +90,12 @@ class MixerConfig(Protocol):
         ...
 
     def count_products(self, context: int) -> float:
-        """Returns the multiplications per token that are not by weights, at the mean of a causal ``context``."""
+        """Returns the multiplications per token that are not by weights, at the mean of a causal ``context``, where
+        nothing is kept."""
+        ...
+
+    def count_cached_products(self, context: int) -> float:
+        """Returns those of a run that keeps `cached`."""
         ...
 
     def count_step_elements(self, num_tokens: int, num_positions: int) -> int:

@@ -1,10 +1,11 @@
 """Routing, the MoE layer and its two seams. Single-device PyTorch: knows nothing of ranks, files or memory tiers."""
 
 from moesys.moe.balance import BiasBalancer, compute_selection_bias
-from moesys.moe.cached_source import CachedLayer, CachedSource
+from moesys.moe.cached_source import SHARE_TO_STREAM, CachedLayer, CachedSource
 from moesys.moe.capacity import Capacity, CapacityFormula, DropBy, compute_positions
 from moesys.moe.choice import Choice
 from moesys.moe.config import MoEConfig
+from moesys.moe.demand_tally import DemandTally
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher, Part
 from moesys.moe.execution import Execution
 from moesys.moe.expert_key import ExpertKey
@@ -41,6 +42,7 @@ from moesys.moe.telemetry import ExpertLoad, LoadMeter
 from moesys.moe.weighting import Normalization, SparseMixer, Weighting
 
 __all__ = [
+    "SHARE_TO_STREAM",
     "BalanceScope",
     "Bank",
     "BiasBalancer",
@@ -49,6 +51,7 @@ __all__ = [
     "Capacity",
     "CapacityFormula",
     "Choice",
+    "DemandTally",
     "Dispatcher",
     "DropBy",
     "EarlyRouter",

@@ -11,7 +11,7 @@ the time of the backward pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,10 @@ from moesys.moe.routing import Routing
 from moesys.moe.slot_layout import SlotLayout
 from moesys.store import SectionCache
 from moesys.store.ring import Ring
+
+SHARE_TO_STREAM = 0.8
+"""Of a layer's experts from which on a demand is taken as part of a pass over everything. A pass also reads the others,
+so that too low a share wastes reads."""
 
 _PARTS_OF_STAYING = 8
 """In a pass, what stays is computed in so many views, between which what has arrived meanwhile makes room."""
@@ -60,13 +64,12 @@ class CachedSource:
         layers: Mapping[int, CachedLayer],
         *,
         predictor: Predictor | None = None,
-        share_to_stream: float = 0.8,
+        share_to_stream: float = SHARE_TO_STREAM,
     ) -> None:
         """
         predictor:        whose guesses are read ahead; None reads nothing on a guess. It is not asked where everything
                           fits.
-        share_to_stream:  the share of a layer's experts from which on a demand is taken as part of a pass over
-                          everything. A pass also reads the others, so that too low a share wastes reads.
+        share_to_stream:  see `SHARE_TO_STREAM`.
         """
         self.uses: Counter[ExpertKey] = Counter()
         """How often each expert was lent: what a `UsageProfile` is made of."""
@@ -74,6 +77,7 @@ class CachedSource:
         self._predictor = predictor
         self._share_to_stream = share_to_stream
         self._places = _make_rings(layers)
+        self._fits_all = all(ring.fits_all for ring, _ in self._places.values())
         self._loans: dict[int, _Loan] = {}
 
     def hint(self, layer_id: int, routing: Routing) -> None:
@@ -81,7 +85,7 @@ class CachedSource:
         if self._predictor is not None:
             self._predictor.observe(layer_id, routing, None)
 
-    def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
+    def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
         """See `ExpertSource`. Waits for the disk where nothing is ready.
 
         Raises `SectionReadError` for weights that cannot be read or whose files were closed, `ShapeError` when views
@@ -123,10 +127,9 @@ class CachedSource:
                     ready = _choose_in_pass(ring, ready, len(left), len(wanted))
                 for key in ready:
                     del left[key]
-                    pinned.discard(key)
                 if not (left or is_pass):
-                    self._read_guesses(layer_id, ring)
-                yield self._lend(layer, ready)
+                    self._read_guesses(layer_id)
+                yield self._lend(layer, ready, pinned)
                 if is_pass:
                     for key in ready:
                         ring.spend(key)
@@ -141,7 +144,7 @@ class CachedSource:
             for key in pinned:
                 layer.cache.unpin(key)
             if is_pass:
-                ring.end_group()
+                ring.end_group(place)
 
     def release(self, layer_id: int, view: BankView | ModuleView) -> None:
         """See `ExpertSource`. Raises `ShapeError` for a view that is not lent, or is no longer."""
@@ -181,9 +184,9 @@ class CachedSource:
             "release each view before the next is needed, or have more slots"
         )
 
-    def _read_guesses(self, layer_id: int, ring: Ring) -> None:
+    def _read_guesses(self, layer_id: int) -> None:
         """Prefetches what the predictor guesses. All that is demanded has arrived, so that the disk would be idle."""
-        if self._predictor is None or ring.fits_all:
+        if self._predictor is None or self._fits_all:
             return
         guesses = dict.fromkeys(self._predictor.guess(layer_id))
         for key in guesses:
@@ -191,14 +194,15 @@ class CachedSource:
             if not cache.is_here(key) and not cache.prefetch(key, spared=guesses):
                 return
 
-    def _lend(self, layer: CachedLayer, keys: Sequence[ExpertKey]) -> BankView:
-        """Makes a view of experts that are ready; their pins are the view's from now on."""
+    def _lend(self, layer: CachedLayer, keys: Sequence[ExpertKey], pinned: set[ExpertKey]) -> BankView:
+        """Makes a view of experts that are ready; their pins go from ``pinned`` to the view."""
         slots = [-1] * layer.num_experts
         for key in keys:
             slots[key[1]] = layer.cache.use(key)
             self.uses[key] += 1
         view = layer.layout.make_view(layer.cache.pool.parts, torch.tensor(slots))
         self._loans[id(view)] = _Loan(view, layer.cache, tuple(keys))
+        pinned.difference_update(keys)
         return view
 
 

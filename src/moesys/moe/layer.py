@@ -6,6 +6,8 @@ as they arrive, and lets the dispatcher take the results home.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor, nn
 
@@ -212,16 +214,17 @@ class MoELayer(nn.Module):
         adapters = None if execution.adapters is None else execution.adapters.get(self.layer_id)
         tables: list[Tensor] = []
         y_AD: Tensor | None = None
-        for view in execution.source.acquire(self.layer_id, part.rows.offsets):
-            try:
-                if view.slot_of_expert is None:
-                    return compute_experts_summed(
-                        part.rows, view, part.weights_A, part.token_sum, adapters, kernel=execution.kernel
-                    )
-                y_AD = _add_view(y_AD, part.rows, view, adapters, execution.kernel)
-                tables.append(view.slot_of_expert)
-            finally:
-                execution.source.release(self.layer_id, view)
+        with closing(execution.source.acquire(self.layer_id, part.rows.offsets)) as views:
+            for view in views:
+                try:
+                    if view.slot_of_expert is None:
+                        return compute_experts_summed(
+                            part.rows, view, part.weights_A, part.token_sum, adapters, kernel=execution.kernel
+                        )
+                    y_AD = _add_view(y_AD, part.rows, view, adapters, execution.kernel)
+                    tables.append(view.slot_of_expert)
+                finally:
+                    execution.source.release(self.layer_id, view)
         require_each_expert_once(self.layer_id, part.rows.offsets, tables)
         if y_AD is None:
             y_AD = part.rows.x_RD.new_zeros(0, part.rows.x_RD.shape[1])

@@ -39,11 +39,16 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("values", weight.values)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("bias", bias)
+        self._weight = weight
 
     @property
     def weight(self) -> Int8Weight:
         """(out_features, in_features). Raises `ShapeError` when the scales are no longer float32."""
-        return Int8Weight(self.values, self.scales, self.in_features, self.product)
+        values, scales = self._buffers["values"], self._buffers["scales"]
+        if values is not self._weight.values or scales is not self._weight.scales:
+            # Other buffers since the last call, as after ``to`` or loading; a new record checks them once.
+            self._weight = Int8Weight(self.values, self.scales, self.in_features, self.product)
+        return self._weight
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes (..., in_features), returns (..., out_features) in the dtype of the input."""

@@ -1,32 +1,49 @@
 """How good a predictor's guesses are, counted while it works.
 
-Only reads count: a guess of what is there already costs nothing and saves nothing.
+Only reads count: a guess of what is there already costs nothing and saves nothing, nor does one that finds no slot. A
+cache knows what it read (`PredictionScore.of_reads`); where nothing is read, as in a replayed log, `ScoredPredictor`
+takes every guess of what is not there for a read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
 from moesys.moe.expert_key import ExpertKey
 from moesys.moe.predictors import Predictor
 from moesys.moe.routing import Routing
+from moesys.store import CacheStats
 
 
 @dataclass(frozen=True)
 class PredictionScore:
     """Counts of experts.
 
-    num_guessed:  guessed while they were not there.
-    num_right:    of them, those that the next layer needed.
+    num_guessed:  read on a guess.
+    num_right:    of them, those that were needed.
     num_missing:  needed, and not there but for the guesses.
     """
 
     num_guessed: int = 0
     num_right: int = 0
     num_missing: int = 0
+
+    @classmethod
+    def of_reads(cls, stats: CacheStats) -> Self:
+        """Returns what a cache's reads say, of its whole life or of the difference between two moments.
+
+        A guess that was read before the first moment and needed after it counts as read then.
+        """
+        num_demanded = stats.num_loads - stats.prefetch_issued - stats.ahead_issued
+        return cls(
+            max(stats.prefetch_issued, stats.prefetch_used),
+            stats.prefetch_used,
+            stats.prefetch_used + num_demanded,
+        )
 
     @property
     def num_wasted(self) -> int:
@@ -45,7 +62,7 @@ class PredictionScore:
 
 
 class ScoredPredictor:
-    """A predictor whose guesses are held against what was needed then."""
+    """A predictor whose guesses, as if each were read, are held against what was needed then."""
 
     def __init__(self, predictor: Predictor, is_here: Callable[[ExpertKey], bool]) -> None:
         """is_here: whether an expert needs no read now, such as `SectionCache.is_here`."""

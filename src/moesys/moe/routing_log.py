@@ -7,7 +7,7 @@ ids, beside it where each step's tokens begin. Weights and texts are not in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -198,7 +198,7 @@ class RoutingRecorder:
         self._num_experts[layer_id] = routing.num_experts
         self._source.hint(layer_id, routing)
 
-    def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
+    def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
         """See `ExpertSource`."""
         return self._source.acquire(layer_id, demand)
 

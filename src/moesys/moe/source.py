@@ -6,7 +6,7 @@ come and releases each. Resident weights are one constant view that needs no loo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -157,10 +157,11 @@ class ExpertSource(Protocol):
         """Tells which experts a layer is about to need; may start loads, may do nothing."""
         ...
 
-    def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
+    def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
         """Yields views that together hold every expert with rows.
 
-        demand: (experts + 1,) int64 group offsets of the dispatched rows. A view is pinned until released.
+        demand: (experts + 1,) int64 group offsets of the dispatched rows. A view is pinned until released. Whoever stops
+                before the last view closes the generator, which lets go of all that was not lent.
         """
         ...
 
@@ -179,7 +180,7 @@ class ResidentSource:
     def hint(self, layer_id: int, routing: Routing) -> None:
         """See `ExpertSource`. There is nothing to load."""
 
-    def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
+    def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
         """See `ExpertSource`. Does not look at the demand."""
         if layer_id not in self._banks:
             raise ShapeError(

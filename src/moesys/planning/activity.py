@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesys.models import DecoderConfig, MixerConfig
-from moesys.moe import MoEConfig
+from moesys.moe import SHARE_TO_STREAM, MoEConfig
 from moesys.planning.ceilings import WeightFormat
 from moesys.planning.footprint import Footprint
 
@@ -55,6 +55,12 @@ class Activity:
         """Of all layers."""
         return sum(layer.num_experts for layer in self.layers)
 
+    def is_pass(self, num_tokens: float) -> bool:
+        """Whether a step of so many tokens is expected to need enough of the experts to be carried out as a pass over
+        all of them. Each layer is asked alone then; where layers differ much, some may be carried out otherwise."""
+        num_touched = sum(layer.count_touched(num_tokens) for layer in self.layers)
+        return num_touched >= SHARE_TO_STREAM * self.num_experts
+
     def count_expert_bytes(self, num_tokens: float) -> float:
         """Returns the bytes of the experts that a step of so many tokens needs."""
         return sum(layer.count_touched(num_tokens) * layer.expert_bytes for layer in self.layers)
@@ -65,8 +71,8 @@ class Activity:
 
     def count_attention_flops(self, num_tokens: int, context: int) -> float:
         """Returns the operations of ``num_tokens`` tokens that are not by weights, at the mean of a causal context: of
-        a prompt of so many tokens, or of tokens that stand at half of it."""
-        return 2.0 * num_tokens * sum(mixer.count_products(context) for mixer in self.mixers)
+        a prompt of so many tokens, or of tokens that stand at half of it; in the form of a run that keeps keys."""
+        return 2.0 * num_tokens * sum(mixer.count_cached_products(context) for mixer in self.mixers)
 
 
 def make_activity(

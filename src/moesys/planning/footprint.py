@@ -35,6 +35,11 @@ class Footprint:
         return self.core_bytes + sum(self.section_bytes)
 
     @property
+    def num_shapes(self) -> int:
+        """Of experts, told apart by their sizes. Each shape has slots of its own."""
+        return len(set(self.section_bytes))
+
+    @property
     def slot_bytes(self) -> int:
         """Of a slot that holds any of the experts; 0 without experts."""
         return max(self.section_bytes, default=0)

@@ -29,7 +29,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 """Sequences that may be open at once, where throughput is the goal."""
 
 MIN_SLOTS = 2
-"""One to compute from while the next is filled."""
+"""One to compute from while the next is filled. Experts of more shapes than this need a slot for each shape."""
 
 _TYPICAL_PROMPT_TOKENS = 2048
 _TYPICAL_NEW_TOKENS = 128
@@ -54,7 +54,7 @@ class StepMode(StrEnum):
     RESIDENT = "resident"
     """All of them are in memory."""
     RING = "ring"
-    """They come from the disk in the order of the layers, read ahead."""
+    """They come from the disk in the order of the layers, read ahead, for a step that needs most of them."""
     CACHE = "cache"
     """Those that the last tokens needed are in memory; others are read when they are needed."""
 
@@ -194,27 +194,29 @@ def format_range(low: float, high: float) -> str:
 
 @dataclass(frozen=True)
 class Spend:
-    """A way to spend a budget, fitting or not."""
+    """A way to spend a budget, fitting or not.
+
+    least_slots: to run at all; 0 without experts.
+    """
 
     budget: Budget
     placement: Placement
     pass_tokens: int
     batch_size: int
-    num_experts: int
+    least_slots: int
 
     @property
     def fits(self) -> bool:
         """Whether all that has to be in memory is."""
         tier = self.placement.tiers[0]
-        return not tier.missing_bytes and tier.num_experts >= min(MIN_SLOTS, self.num_experts)
+        return not tier.missing_bytes and tier.num_experts >= self.least_slots
 
     def explain(self, footprint: Footprint) -> str:
         """Returns the inequality that failed, with its numbers, for one that does not fit."""
         tier, budget = self.placement.tiers[0], self.budget
         needed = {"resident weights": tier.core_bytes}
-        if self.num_experts:
-            slots = min(MIN_SLOTS, self.num_experts)
-            needed[f"{slots} experts"] = slots * footprint.slot_bytes
+        if self.least_slots:
+            needed[f"{self.least_slots} experts"] = self.least_slots * footprint.slot_bytes
         if not budget.is_share:
             tokens = self.placement.context_tokens
             needed[f"keys and values of {tokens} tokens"] = tier.kv_bytes
@@ -241,7 +243,8 @@ def spend(
     placement = place(
         footprint, [budget], tokens, step_bytes(pass_tokens + batch_size - 1, batch_size), batch_size
     )
-    return Spend(budget, placement, pass_tokens, batch_size, len(footprint.section_bytes))
+    least_slots = min(max(MIN_SLOTS, footprint.num_shapes), len(footprint.section_bytes))
+    return Spend(budget, placement, pass_tokens, batch_size, least_slots)
 
 
 def _list_spends(
@@ -269,12 +272,13 @@ def _predict(
 ) -> InferencePlan:
     placement, num_slots = spend.placement, spend.placement.tiers[0].num_experts
     is_resident = placement.is_resident
+    decode_mode = StepMode.RING if speed.activity.is_pass(spend.batch_size) else StepMode.CACHE
     position = workload.prompt_tokens + workload.new_tokens / 2
     return InferencePlan(
         goal=goal,
         placement=placement,
         prefill_mode=StepMode.RESIDENT if is_resident else StepMode.RING,
-        decode_mode=StepMode.RESIDENT if is_resident else StepMode.CACHE,
+        decode_mode=StepMode.RESIDENT if is_resident else decode_mode,
         prefill_tokens=spend.pass_tokens,
         batch_size=spend.batch_size,
         num_positions=num_positions,

@@ -6,6 +6,7 @@ Joins a machine's rates with a model's activity; which of the possible speeds is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesys.planning.activity import Activity
@@ -81,7 +82,13 @@ class SpeedModel:
     section_bytes: int
 
     def predict_decode(self, batch_size: int, position: float, num_slots: int) -> Prediction:
-        """Predicts a step of one new token for each of ``batch_size`` sequences that are ``position`` tokens long."""
+        """Predicts a step of one new token for each of ``batch_size`` sequences that are ``position`` tokens long.
+
+        Where experts come from the disk and the sequences together need most of them, each step is a pass over all.
+        """
+        if num_slots < self.activity.num_experts and self.activity.is_pass(batch_size):
+            work = self._make_decode_work(batch_size, position, self._find_reread_share(num_slots))
+            return self._predict_passes(batch_size, [work])
         rate = self._find_miss_rate(num_slots)
         work = self._make_decode_work(batch_size, position, rate)
         skewed = work
@@ -102,7 +109,9 @@ class SpeedModel:
     def predict_prefill(self, num_tokens: int, pass_tokens: int, num_slots: int) -> Prediction:
         """Predicts a prompt in passes of at most ``pass_tokens``. Where experts come from the disk, the first pass
         finds none in memory; each later one finds those that the slots hold, in whatever order they are needed."""
-        works = self._list_passes(num_tokens, pass_tokens, num_slots)
+        return self._predict_passes(num_tokens, self._list_passes(num_tokens, pass_tokens, num_slots))
+
+    def _predict_passes(self, num_tokens: int, works: Sequence[StepWork]) -> Prediction:
         alone = find_stream_rates(self.profile, self.activity.weight_format, self.way)
         overlapped = slow_down(alone, self.profile)
         seconds = sum(compute_pass_seconds(work, self.activity, alone, overlapped) for work in works)
@@ -125,6 +134,11 @@ class SpeedModel:
     def _ceilings(self) -> StepRates:
         return find_ceilings(self.profile, self.activity.weight_format)
 
+    def _find_reread_share(self, num_slots: int) -> float:
+        """Returns what of its experts a pass reads that follows another one: what the slots do not hold."""
+        num_experts = self.activity.num_experts
+        return max(0.0, 1 - num_slots / num_experts) if num_experts else 0.0
+
     def _find_miss_rate(self, num_slots: int) -> float:
         return 0.0 if num_slots >= self.activity.num_experts else self.misses.find_rate(num_slots)
 
@@ -144,8 +158,7 @@ class SpeedModel:
 
     def _list_passes(self, num_tokens: int, pass_tokens: int, num_slots: int) -> list[StepWork]:
         activity = self.activity
-        num_experts = activity.num_experts
-        later_rate = max(0.0, 1 - num_slots / num_experts) if num_experts else 0.0
+        later_rate = self._find_reread_share(num_slots)
         attention_flops = activity.count_attention_flops(num_tokens, num_tokens)
         works = []
         for start in range(0, num_tokens, pass_tokens):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, Generic, TypeVar
 
 from moesys.errors import SectionReadError, ShapeError
@@ -41,6 +42,10 @@ class CacheStats:
     """Loads that began as a guess."""
     prefetch_used: int = 0
     """Of these, the ones that were used."""
+    ahead_issued: int = 0
+    """Loads that began before they were demanded since an order said so, such as that of a pass; no guesses."""
+    ahead_used: int = 0
+    """Of these, the ones that were used."""
     stall_s: float = 0.0
     """Seconds in which somebody waited for a section."""
     num_recorded: int = 0
@@ -67,6 +72,14 @@ class CacheMemory:
     num_free: int
 
 
+class _Cause(Enum):
+    """Why a section was loaded."""
+
+    DEMAND = auto()
+    ORDER = auto()
+    GUESS = auto()
+
+
 @dataclass
 class _Entry:
     """A section that has a slot.
@@ -77,7 +90,7 @@ class _Entry:
 
     slot: int
     num_bytes: int
-    is_guess: bool
+    cause: _Cause
     arrival: Arrival | None
     num_pins: int = 0
     last_turn: int | None = None
@@ -152,14 +165,20 @@ class SectionCache(Generic[Pool]):
         if entry is not None and entry.arrival is not None:
             self._reader.hurry(entry.arrival)
 
-    def start(self, key: Hashable) -> bool:
-        """Starts to load a section that is not here; returns False when every slot is pinned or still being filled."""
+    def start(self, key: Hashable, urgency: Urgency = Urgency.DEMAND) -> bool:
+        """Starts to load a section that is not here; returns False when every slot is pinned or still being filled.
+
+        urgency: a prefetch is for what an order says comes later: it takes a slot like a demand, but is read only while
+                 nothing is demanded.
+        """
         if not self._free:
             self.collect()
         slot = self._free.pop() if self._free else self._evict(lambda entry: True)
         if slot is None:
             return False
-        self._load(key, slot, Urgency.DEMAND)
+        is_ahead = urgency is Urgency.PREFETCH
+        self._load(key, slot, urgency, _Cause.ORDER if is_ahead else _Cause.DEMAND)
+        self.stats.ahead_issued += is_ahead
         return True
 
     def prefetch(self, key: Hashable, spared: Container[Hashable] = ()) -> bool:
@@ -176,7 +195,7 @@ class SectionCache(Generic[Pool]):
         slot = self._free.pop() if self._free else self._evict(is_stale, spared)
         if slot is None:
             return False
-        self._load(key, slot, Urgency.PREFETCH)
+        self._load(key, slot, Urgency.PREFETCH, _Cause.GUESS)
         self.stats.prefetch_issued += 1
         return True
 
@@ -191,7 +210,8 @@ class SectionCache(Generic[Pool]):
         self._policy.record_use(key)
         if entry.last_turn is None:
             self.stats.used_bytes += entry.num_bytes
-            self.stats.prefetch_used += entry.is_guess
+            self.stats.prefetch_used += entry.cause is _Cause.GUESS
+            self.stats.ahead_used += entry.cause is _Cause.ORDER
         entry.last_turn = self._turn
         return entry.slot
 
@@ -287,14 +307,14 @@ class SectionCache(Generic[Pool]):
             if key in self._entries and (error := self._entries[key].error) is not None:
                 raise error
 
-    def _load(self, key: Hashable, slot: int, urgency: Urgency) -> None:
+    def _load(self, key: Hashable, slot: int, urgency: Urgency, cause: _Cause) -> None:
         section = self._sections[key]
         places = [
             self.pool.open_part(slot, extent.part, extent.part_offset, extent.num_bytes)
             for extent in section.extents
         ]
         arrival = self._reader.submit(section, places, urgency)
-        entry = _Entry(slot, section.num_bytes, urgency is Urgency.PREFETCH, arrival)
+        entry = _Entry(slot, section.num_bytes, cause, arrival)
         self._entries[key] = self._loading[key] = entry
         self.stats.num_loads += 1
         self.stats.loaded_bytes += section.num_bytes

@@ -8,6 +8,11 @@ of which are passed through, a pass after the first reads N - K + R.
 
 What must not leave is pinned, so that the cache's policy, whichever it is, finds only what was computed. Works for
 every number of slots from 1. Knows nothing of files or of what is computed.
+
+What is read ahead is read only while nothing is demanded. At the end of a pass that followed one, the next one's first
+sections are read ahead too. Nobody knows whether there will be one: after the last piece of a prompt single tokens come.
+It is worth a try all the same, since a wrong one costs so little: it takes only the slots that sections pass through,
+what leaves them has just been computed beyond the share of its group, and a demand goes before all that still waits.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
 from moesys.store.cache import SectionCache
+from moesys.store.events import Urgency
 
 _FEWEST_PASSING = 4
 """Slots to pass through: enough reads in flight while one section is computed."""
@@ -55,8 +61,8 @@ class Ring:
         self._cursor = max(self._cursor, self._ends[index])
 
     def read_ahead(self) -> None:
-        """Starts to read the sections of the groups to come that are not here, in order, while slots last; those of the
-        next pass too where this one was not the first."""
+        """Starts to read the sections of the groups to come that are not here, in order, while slots last, none of them
+        before what is demanded; those of the next pass too where this one was not the first."""
         self.is_short = False
         if self._group is None:
             return
@@ -65,7 +71,7 @@ class Ring:
         while self._cursor < stop:
             key = self._order[self._cursor % len(self._order)]
             if not self._cache.is_here(key):
-                if not self._cache.start(key):
+                if not self._cache.start(key, Urgency.PREFETCH):
                     self.is_short = True
                     return
                 self._pin(key)
@@ -88,14 +94,15 @@ class Ring:
         else:
             self._unpin(key)
 
-    def end_group(self) -> None:
-        """Says that a group is done; what of it nobody needed counts as computed. The last group ends the pass."""
-        if self._group is None:
+    def end_group(self, index: int) -> None:
+        """Says that a group is done; what of it nobody needed counts as computed. The last group ends the pass. Of a
+        group that is not the present one, such as one given up before others began, nothing is left to end."""
+        if self._group != index:
             return
-        for key in self._groups[self._group]:
+        for key in self._groups[index]:
             if key in self._pinned:
                 self.spend(key)
-        if self._group == len(self._groups) - 1:
+        if index == len(self._groups) - 1:
             self._release()
             self._follows_pass = True
 

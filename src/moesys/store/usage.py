@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesys.errors import DataError
+from moesys.store.events import Urgency
 
 if TYPE_CHECKING:
     from moesys.store.cache import SectionCache
@@ -83,7 +84,11 @@ def preload(cache: SectionCache, usage: UsageProfile, sections: Container[UsageK
     The most used come last, so that they are the youngest for whoever throws out what is old.
     """
     keys = usage.list_most_used(cache.pool.num_slots, among=sections)
-    return sum(not cache.is_here(key) and cache.prefetch(key, spared=keys) for key in reversed(keys))
+    missing = [key for key in reversed(keys) if not cache.is_here(key)]
+    started = missing[: cache.describe().num_free]
+    for key in started:
+        cache.start(key, Urgency.PREFETCH)
+    return len(started)
 
 
 def _parse_counts(entries: object, path: Path) -> dict[UsageKey, float]:

@@ -7,6 +7,7 @@ from moesys.kernels.native.experts import (
     compute_experts_summed,
     fill_expert_rows,
 )
+from moesys.kernels.native.grouped_linear import compute_grouped_linear, fits_grouped_linear
 from moesys.kernels.native.library import find_call_obstacle, find_obstacle
 from moesys.kernels.native.products import compute_linear, compute_product, fits_product, read_memory
 from moesys.kernels.native.rms_norm import compute_rms_norm, compute_rms_norm_pair
@@ -22,6 +23,7 @@ __all__ = [
     "choose_top_k",
     "compute_experts",
     "compute_experts_summed",
+    "compute_grouped_linear",
     "compute_linear",
     "compute_product",
     "compute_rms_norm",
@@ -30,6 +32,7 @@ __all__ = [
     "find_call_obstacle",
     "find_format",
     "find_obstacle",
+    "fits_grouped_linear",
     "fits_product",
     "group_by_expert",
     "is_half_used_by_mkl",

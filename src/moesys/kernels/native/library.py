@@ -25,6 +25,7 @@ from moesys.kernels.native.structures import (
     AttentionCall,
     ChoiceCall,
     ExpertsCall,
+    GroupedLinearCall,
     GroupingCall,
     LinearCall,
     ProductCall,
@@ -39,6 +40,7 @@ from moesys.kernels.records import Weight
 
 _FUNCTIONS = (
     ("moesys_linear", LinearCall, c_int),
+    ("moesys_grouped_linear", GroupedLinearCall, c_int),
     ("moesys_experts", ExpertsCall, c_int),
     ("moesys_product", ProductCall, c_int),
     ("moesys_sum_rows", RowSumCall, c_int),

@@ -44,6 +44,26 @@ class LinearCall(Structure):
     )
 
 
+class GroupedLinearCall(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("token_stride", c_int64),
+        ("group_stride", c_int64),
+        ("is_bf16", c_int32),
+        ("tokens", c_int64),
+        ("groups", c_int64),
+        ("columns", c_int64),
+        ("w", c_void_p),
+        ("w_is_bf16", c_int32),
+        ("has_rows", c_int32),
+        ("w_group", c_int64),
+        ("w_column", c_int64),
+        ("outputs", c_int64),
+        ("y", c_void_p),
+        ("threads", c_int32),
+    )
+
+
 class ProductCall(Structure):
     _fields_ = (
         ("a", c_void_p),

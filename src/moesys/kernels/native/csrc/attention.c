@@ -10,19 +10,20 @@
 
 #define PIECE_TOKENS 256
 #define ROUND_QUERIES 8           // whose unjoined pieces are held at once
+#define BLOCK_NUMBERS (1 << 14)   // of queries: those of a block stay near while a piece passes by
 #define VALUE_TILE 8              // tokens whose values are added in one pass over the sums
-#define FEW_PRODUCTS (1ll << 16)  // are computed sooner than threads can be woken
+#define FEW_PRODUCTS (1ll << 18)  // are computed sooner than threads can be woken
 
 typedef struct {
   const void *q;  // (queries, heads, key_size)
   int32_t q_is_bf16;
-  const void *keys, *values;     // (rows, kv_heads, key_size), and value_step elements from one value to the next
-  int32_t is_bf16;               // keys and values, else float32
+  const void *keys, *values;  // (rows, kv_heads, key_size), and value_step elements from one value to the next
+  int32_t is_bf16;            // keys and values, else float32
   int64_t rows, heads, kv_heads, key_size, value_size, value_step;
-  const int64_t *page_ids;       // of all queries
+  const int64_t *page_ids;        // of all queries
   const int64_t *starts, *stops;  // per query: its first page in page_ids, the tokens up to the last that it sees
   int64_t num_page_ids, num_queries, page_tokens;
-  int64_t window;  // tokens that a query sees at most
+  int64_t window;      // tokens that a query sees at most
   const float *sinks;  // (heads,) or null
   float scale;
   void *y;  // (queries, heads, value_size), as q
@@ -130,8 +131,9 @@ INLINE void compute_scores(const attention_call *c, const piece *p, const int is
         if (ahead < p->count)
           fetch_cached(c->keys, (p->rows[ahead] * c->kv_heads + kv_head) * c->key_size, c->key_size, is_bf16);
       }
-      for (int64_t i = h; i < end; i += TILE_ROWS) {
-        int heads = end - i < TILE_ROWS ? (int)(end - i) : TILE_ROWS;
+      int64_t tiles = (end - h + TILE_ROWS - 1) / TILE_ROWS, step = (end - h + tiles - 1) / tiles;
+      for (int64_t i = h; i < end; i += step) {
+        int heads = (int)(end - i < step ? end - i : step);
         const float *q = p->queries + i * c->wide_key;
         WITH_ROWS(heads, SCORE_TILE, c, q, at, is_bf16, p->weights + i * PIECE_TOKENS + t)
       }
@@ -201,7 +203,7 @@ INLINE void attend_piece_of(const attention_call *c, const piece *p, const int i
   sum_values(c, p, is_bf16);
 }
 
-// One of `cuts` parts of the heads.
+// One of `cuts` parts of the heads, in blocks.
 static void attend_piece(const attention_call *c, int64_t round, int64_t slot, int64_t index, int64_t cut, int64_t cuts) {
   int64_t query = round + slot, stop = c->stops[query], first = find_first(c, query);
   int64_t begin = (first / PIECE_TOKENS + index) * PIECE_TOKENS, end = begin + PIECE_TOKENS;
@@ -221,10 +223,15 @@ static void attend_piece(const attention_call *c, int64_t round, int64_t slot, i
   const int64_t *pages = c->page_ids + c->starts[query];
   for (int64_t token = begin; token < end; token++)
     p.rows[token - begin] = pages[token / c->page_tokens] * c->page_tokens + token % c->page_tokens;
-  if (c->is_bf16) {
-    attend_piece_of(c, &p, 1);
-  } else {
-    attend_piece_of(c, &p, 0);
+  int64_t last = p.last_head, blocks = (last - p.head) * c->wide_key / BLOCK_NUMBERS + 1;
+  int64_t block = (last - p.head + blocks - 1) / blocks;
+  for (; p.head < last; p.head = p.last_head) {
+    p.last_head = p.head + block < last ? p.head + block : last;
+    if (c->is_bf16) {
+      attend_piece_of(c, &p, 1);
+    } else {
+      attend_piece_of(c, &p, 0);
+    }
   }
 }
 

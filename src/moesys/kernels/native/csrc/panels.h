@@ -8,8 +8,6 @@
 
 #include "operands.h"
 
-#if LANES == 16
-#define HAS_PANELS 1
 #define PANEL_VECTORS 2
 #define PANEL (PANEL_VECTORS * LANES)  // weight rows
 #define MANY_ROWS 48
@@ -17,6 +15,8 @@
 
 // Words of a row in the form in which such activations meet the matrix.
 INLINE int64_t count_words(const activations *a, const matrix *m) { return m->columns >> meets_halves(a, m); }
+
+#if LANES == 16
 
 // Whether panels of the matrix pay for so many rows that meet it.
 INLINE int wants_panels(const activations *a, const matrix *m, int64_t rows) {
@@ -66,8 +66,8 @@ INLINE __m512 load_words(const matrix *m, const int are_pairs, int64_t row, int6
   return are_pairs ? _mm512_loadu_ps(source) : (__m512)load_bf16(source);
 }
 
-// Copies weight rows of matrix `slot` into a panel of PANEL * words floats.
-static void make_panel(const activations *a, const matrix *m, int64_t slot, const int64_t rows[PANEL], float *panel) {
+// Copies weight rows of matrix `slot` into a panel of PANEL * words floats. Returns the place behind it.
+static float *make_panel(const activations *a, const matrix *m, int64_t slot, const int64_t rows[PANEL], float *panel) {
   int are_pairs = meets_halves(a, m);
   int64_t words = count_words(a, m), steps = words / LANES;
   for (int v = 0; v < PANEL_VECTORS; v++)
@@ -83,6 +83,7 @@ static void make_panel(const activations *a, const matrix *m, int64_t slot, cons
         _mm512_store_ps(panel + index * PANEL + v * LANES, block[l]);
       }
     }
+  return panel + PANEL * words;
 }
 
 INLINE vec add_products(vec sum, uint32_t word, vec weights, const int are_pairs) {
@@ -141,5 +142,15 @@ static void multiply_panel(const row_tile *x, const float *panel, int64_t words,
 }
 
 #else
-#define HAS_PANELS 0
+
+// Shorter vectors come with fewer registers than a tile of this kind needs.
+INLINE int wants_panels(const activations *a, const matrix *m, int64_t rows) { return 0; }
+INLINE float *make_panel(const activations *a, const matrix *m, int64_t slot, const int64_t rows[PANEL], float *panel) {
+  __builtin_unreachable();
+}
+INLINE void multiply_panel(const row_tile *x, const float *panel, int64_t words, float *const targets[PANEL_VECTORS],
+                           int64_t stride) {
+  __builtin_unreachable();
+}
+
 #endif
