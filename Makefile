@@ -34,7 +34,7 @@ shape: .venv
 
 bench: .venv
 	$(PIP) --editable '.[dev,plot,bench]'
-	status=0; for name in train_step moe_layer load; do \
+	status=0; for name in train_step moe_layer load offload; do \
 	  $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name-$$(date +%Y-%m-%d).json || status=1; \
 	done; exit $$status
 

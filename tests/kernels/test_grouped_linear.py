@@ -10,7 +10,15 @@ from moesys.errors import KernelError, ShapeError
 from moesys.kernels import Kernel, grouped_linear, linear
 from moesys.kernels.choice import use_kernel
 
-SIZES = ((1, 1, 1, 1), (1, 3, 16, 64), (5, 2, 37, 19), (7, 4, 130, 70), (13, 3, 129, 257), (0, 2, 8, 8), (3, 2, 8, 1))
+SIZES = (
+    (1, 1, 1, 1),
+    (1, 3, 16, 64),
+    (5, 2, 37, 19),
+    (7, 4, 130, 70),
+    (13, 3, 129, 257),
+    (0, 2, 8, 8),
+    (3, 2, 8, 1),
+)
 ORDERS = ("rows", "columns")
 DTYPES = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16))
 
@@ -73,7 +81,9 @@ def test_a_tokens_bits_do_not_depend_on_other_tokens_or_threads(
             torch.set_num_threads(num_threads)
             for num_tokens in (1, 2, 3, 5, 6, 7, 8, 9, 31, 385, 400):
                 assert torch.equal(grouped_linear(x[:num_tokens], weight, Kernel.NATIVE), whole[:num_tokens])
-                assert torch.equal(grouped_linear(x[-num_tokens:], weight, Kernel.NATIVE), whole[-num_tokens:])
+                assert torch.equal(
+                    grouped_linear(x[-num_tokens:], weight, Kernel.NATIVE), whole[-num_tokens:]
+                )
     finally:
         torch.set_num_threads(threads)
 
@@ -112,11 +122,15 @@ def test_auto_is_native_without_gradients_and_torch_with() -> None:
 def test_what_native_does_not_take_is_said() -> None:
     x, weight = draw((2, 2, 8, 6), "rows", DTYPES[0])
     scattered = torch.stack([weight, weight], dim=-1)[..., 0]
-    with pytest.raises(KernelError, match="takes matrices with contiguous rows or columns; choose auto, torch"):
+    with pytest.raises(
+        KernelError, match="takes matrices with contiguous rows or columns; choose auto, torch"
+    ):
         grouped_linear(x, scattered, Kernel.NATIVE)
     assert torch.equal(grouped_linear(x, scattered), grouped_linear(x, scattered, Kernel.TORCH))
     strided = torch.stack([x, x], dim=-1)[..., 0]
-    assert torch.equal(grouped_linear(strided, weight, Kernel.NATIVE), grouped_linear(x, weight, Kernel.NATIVE))
+    assert torch.equal(
+        grouped_linear(strided, weight, Kernel.NATIVE), grouped_linear(x, weight, Kernel.NATIVE)
+    )
 
 
 @torch.inference_mode()

@@ -60,7 +60,9 @@ def test_attention_is_counted_in_the_form_that_keeps_keys(name: str) -> None:
 
 def test_latents_of_deepseek_v3_take_3_4_times_the_products_of_expanded_keys() -> None:
     mixer = LatentAttentionConfig(128, 1536, 512, 128, 128, RopeConfig(64))
-    assert mixer.count_cached_products(9) / mixer.count_products(9) == pytest.approx((576 + 512) / (192 + 128))
+    assert mixer.count_cached_products(9) / mixer.count_products(9) == pytest.approx(
+        (576 + 512) / (192 + 128)
+    )
 
 
 @pytest.mark.parametrize("name", VARIANT_KEYS)

@@ -45,10 +45,10 @@ class Watched:
         self.ring.begin_group(index)
         for key in GROUPS[index]:
             self.cache.demand(key)
-            while not self.cache.is_here(key) and not self.cache.start(key):
-                assert self.cache.wait_any([])
+            assert self.cache.is_here(key) or self.cache.start(key)
             self.cache.pin(key)
-            self.ring.read_ahead()
+        self.ring.read_ahead()
+        for key in GROUPS[index]:
             while not self.cache.is_ready(key):
                 self.cache.wait_any([key])
             self.cache.use(key)
@@ -74,7 +74,7 @@ def test_what_is_read_ahead_is_a_prefetch_and_no_guess(watched: Watched) -> None
     watched.compute_pass()
     stats = watched.cache.stats
     assert stats.num_loads == NUM_SECTIONS, "after a first pass nobody expects a second one"
-    assert stats.ahead_issued == stats.ahead_used == NUM_SECTIONS - 1, "all but the first section of all"
+    assert stats.ahead_issued == stats.ahead_used == NUM_SECTIONS - 4, "all but the first group"
     assert (stats.prefetch_issued, stats.prefetch_used) == (0, 0)
     assert not watched.ring.leave()
 

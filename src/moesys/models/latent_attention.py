@@ -22,6 +22,7 @@ from moesys.models.softmax_attention import SoftmaxRule, count_score_elements
 from moesys.models.visible_keys import compute_mean_visible_keys
 from moesys.moe import Linear
 
+
 @dataclass(frozen=True)
 class LatentAttentionConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one narrow latent per token.
@@ -179,7 +180,9 @@ class LatentAttention(Mixer):
         c = self.config
         weight_HFR = self.kv_b_proj.weight.unflatten(0, (c.num_heads, -1))
         key_HNR, value_HVR = weight_HFR.split([c.nope_head_dim, c.value_head_dim], dim=1)
-        q_latent = grouped_linear(q_nope.flatten(0, 1), key_HNR.transpose(1, 2)).unflatten(0, q_nope.shape[:2])
+        q_latent = grouped_linear(q_nope.flatten(0, 1), key_HNR.transpose(1, 2)).unflatten(
+            0, q_nope.shape[:2]
+        )
         q = torch.cat([q_latent, q_rope], dim=-1)
         k = torch.cat([latent.unsqueeze(-2), k_rope], dim=-1)
         y = attend(self.layer_id, q, k, None, SoftmaxRule(c.scale, value_size=c.latent_rank))
