@@ -43,7 +43,7 @@ def test_every_public_name_resolves() -> None:
 
 
 def test_public_names_are_frozen() -> None:
-    assert sorted(moesys.__all__) == ["Engine", "MoEConfig", "MoELayer", "MoesysError", "__version__"]
+    assert sorted(moesys.__all__) == ["Engine", "MoEConfig", "MoELayer", "MoesysError", "__version__", "load"]
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -175,16 +175,16 @@ def test_a_check_finds_a_damaged_tokenizer(tmp_path: Path) -> None:
         check_weights(tmp_path / "file")
 
 
-@pytest.mark.parametrize(
-    ("name", "first"), [("llama", "blocks.0.mixer.qkv_proj"), ("mixtral", "blocks.0.mixer.qkv_proj")]
-)
-def test_int8_weights_are_not_exported(name: str, first: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_int8_weights_are_not_exported(name: str, tmp_path: Path) -> None:
     """Buffers are no parameters: without the refusal a folder without matrices would be written."""
     write_model(tmp_path / "model", FAMILY_KEYS[name])
     pack_model(tmp_path / "model", tmp_path / "file", form=PackedForm.INT8)
     model = load_model(tmp_path / "file")
     (tmp_path / "written").mkdir()
-    message = rf"{first} holds int8 weights, .* take the model folder that these were packed from"
+    message = (
+        r"blocks\.0\.mixer\.qkv_proj holds int8 weights, .* take the model folder that these were packed from"
+    )
     with pytest.raises(ModelFormatError, match=message):
         save_model(model, tmp_path / "written", torch.bfloat16, {})
     assert list((tmp_path / "written").iterdir()) == []

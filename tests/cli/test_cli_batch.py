@@ -125,9 +125,12 @@ def test_a_run_that_was_stopped_is_gone_on_with(
     assert run("whole.jsonl").status == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
-        assert run("out.jsonl").status == 130
+        stopped = run("out.jsonl")
     begun = read(tmp_path / "out.jsonl")
+    assert stopped.status == 130
     assert 1 <= len(begun) < 5
+    assert f"{len(begun)} results in {tmp_path / 'out.jsonl'}: " in stopped.err
+    assert f"; {5 - len(begun)} are left: the same command does them" in stopped.err
     with (tmp_path / "out.jsonl").open("a") as file:
         file.write('{"line": ')
     answer = run("out.jsonl")

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_calls import Call
 
+from moesys.inference import Engine, SequenceStep
 from moesys.moe import RoutingLog
 
 TEXT = ("-p", "line 1 of file", "-n", "12", "--temperature", "0")
@@ -172,3 +174,30 @@ def test_a_packed_model_takes_no_offload_folder(model: Path, moesys_command: Cal
         f"--offload-dir {tmp_path / 'fast'} has no effect on {packed}, which is packed already"
         in answer.error
     )
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_ctrl_c_leaves_the_files_of_what_was_computed(
+    num_tokens: int, model: Path, moesys_command: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step, left = Engine.step, num_tokens
+
+    def stop(self: Engine, steps: list[SequenceStep]) -> list[torch.Tensor]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return take_step(self, steps)
+
+    monkeypatch.setattr(Engine, "step", stop)
+    names = {"trace": "t.json", "record": "r.safetensors", "usage": "u.json"}
+    files = {name: tmp_path / file for name, file in names.items()}
+    options = [text for name, file in files.items() for text in (f"--{name}", file)]
+    answer = moesys_command("generate", model, *TEXT, "--host-memory", "90%", *options)
+    assert answer.status == 130, answer.err
+    assert files["usage"].exists()
+    assert files["record"].exists() == (num_tokens > 0)
+    if num_tokens:
+        assert RoutingLog.read(files["record"]).num_steps == num_tokens
+        assert json.loads(files["usage"].read_text())["counts"]
+    assert isinstance(json.loads(files["trace"].read_text()), list)

@@ -19,6 +19,7 @@ from moesys.errors import GenerationError
 from moesys.inference import Engine, SequenceStep
 from moesys.inference.offload import load_offloaded
 from moesys.inference.offload_plan import OffloadPlan, OffloadRequest, divide_slots
+from moesys.inference.offload_plan import _limit_slots as limit_slots
 from moesys.models import AttentionConfig, Decoder, DecoderConfig, QKNorm, RopeConfig, initialize_weights
 from moesys.moe import (
     CachedLayer,
@@ -49,12 +50,6 @@ NUM_POSITIONS, PASS_TOKENS, NUM_PASSES = 72, 20, 3
 MIXER = AttentionConfig(4, 2, 8, RopeConfig(8), qk_norm=QKNorm.PER_HEAD)
 
 
-@pytest.fixture(autouse=True)
-def _torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row's bits depend on no other row here, whichever kernel computes."""
-    monkeypatch.setenv("MOESYS_KERNEL", "reference")
-
-
 def make_model(*layers: MoEConfig) -> Decoder:
     config = DecoderConfig(
         61, 32, (MIXER,) * len(layers), layers, tie_embeddings=False, max_positions=NUM_POSITIONS
@@ -76,7 +71,10 @@ def compute_logits(model: Decoder, execution: Execution | None = None) -> Tensor
     engine, draw = Engine(model, execution), torch.Generator().manual_seed(0)
     ids = torch.randint(0, 61, (NUM_POSITIONS,), generator=draw).tolist()
     sequence = engine.open_sequence(NUM_POSITIONS)
-    ends = [*range(0, NUM_PASSES * PASS_TOKENS, PASS_TOKENS), *range(NUM_PASSES * PASS_TOKENS, NUM_POSITIONS + 1)]
+    ends = [
+        *range(0, NUM_PASSES * PASS_TOKENS, PASS_TOKENS),
+        *range(NUM_PASSES * PASS_TOKENS, NUM_POSITIONS + 1),
+    ]
     logits: list[Tensor] = []
     for start, end in pairwise(ends):
         logits += engine.step([SequenceStep(sequence, start, ids[start:end])])
@@ -99,7 +97,9 @@ def test_passes_tokens_and_guesses_give_the_bits_of_the_resident_model(
                 found = compute_logits(offloaded.model, offloaded.execution)
                 stats = offloaded.stats
             assert torch.equal(found, resident), (num_slots, predicts)
-            assert (stats.prefetch_issued > 0) == (predicts and num_slots > 2), "two slots leave none for a guess"
+            assert (stats.prefetch_issued > 0) == (predicts and num_slots > 2), (
+                "two slots leave none for a guess"
+            )
             assert num_slots == 1 or stats.ahead_issued > 10, "the passes of the prompt are read ahead"
 
 
@@ -114,7 +114,13 @@ def offload(
     layouts: dict[int, PlainLayout] = {}
     sections: dict[PlainLayout, dict[ExpertKey, Section]] = {}
     parts = [
-        (layer_id, expert, bank.gate_up_EFD[expert], bank.down_EDF[expert], make_plain_layout(bank, torch.float32))
+        (
+            layer_id,
+            expert,
+            bank.gate_up_EFD[expert],
+            bank.down_EDF[expert],
+            make_plain_layout(bank, torch.float32),
+        )
         for layer_id, bank in list_banks(model)
         for expert in range(bank.down_EDF.shape[0])
     ]
@@ -155,7 +161,9 @@ def make_plan(sizes: Mapping[SlotLayout, list[int]], num_slots: int, *, asked: b
 
 @pytest.mark.parametrize("predicts", [False, True])
 @pytest.mark.parametrize("num_slots", [2, 3, 9, 31, 32])
-def test_experts_of_two_shapes_have_slots_of_their_own(num_slots: int, predicts: bool, tmp_path: Path) -> None:
+def test_experts_of_two_shapes_have_slots_of_their_own(
+    num_slots: int, predicts: bool, tmp_path: Path
+) -> None:
     model = make_model(*PYRAMID)
     resident = compute_logits(model)
     sizes: dict[SlotLayout, list[int]] = {}
@@ -185,3 +193,11 @@ def test_a_budget_is_divided_by_bytes_and_every_shape_gets_a_slot() -> None:
     assert divide_slots(make_plan(sizes, 13, asked=False), sizes) == {SMALL: 100, LARGE: 3}
     with pytest.raises(GenerationError, match="one of each takes 110; raise --host-memory"):
         divide_slots(make_plan(sizes, 1, asked=False), sizes)
+
+
+def test_fewer_slots_than_shapes_are_refused() -> None:
+    sizes: dict[SlotLayout, list[int]] = {SMALL: [10] * 100, LARGE: [100] * 3}
+    plan = make_plan(sizes, 5, asked=False)
+    with pytest.raises(GenerationError, match=r"num_slots \(1\) must be 2 to 5, from one for each shape"):
+        limit_slots(plan, 1)
+    assert limit_slots(plan, 2).tier.expert_bytes == 200

@@ -131,7 +131,7 @@ def test_guesses_are_those_that_were_read(cache: SectionCache[SlotPool]) -> None
 def test_the_transfer_share_is_of_bytes_that_were_used(
     cache: SectionCache[SlotPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moesys.inference.run_report._predict_prompt", lambda plan, stats: None)
+    monkeypatch.setattr("moesys.inference.run_report._predict_prompt", lambda plan, stats, num_held: None)
     monkeypatch.setattr("moesys.inference.run_report._compare", lambda kind, predicted, traffic: kind)
     served = _Served(cache, DISK_RATE)
     served.plan.predicted.speed.predict_decode = lambda *arguments: None
@@ -145,6 +145,26 @@ def test_the_transfer_share_is_of_bytes_that_were_used(
     assert report.writing is not None
     assert report.writing.transfer_share == 2 * SECTION_BYTES / DISK_RATE / 0.5
     assert report.predictions == ("prompt", "writing")
+
+
+def test_the_forecast_of_a_prompt_knows_what_is_in_memory(
+    cache: SectionCache[SlotPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+    monkeypatch.setattr(
+        "moesys.inference.run_report._predict_prompt", lambda plan, stats, num_held: held.append(num_held)
+    )
+    monkeypatch.setattr("moesys.inference.run_report._compare", lambda kind, predicted, traffic: kind)
+    served = _Served(cache, DISK_RATE)
+    served.plan.predicted.speed.predict_decode = lambda *arguments: None
+    served.plan.predicted.num_slots = 2
+    for _ in range(2):
+        meter = make_meter(served)
+        served.need(0)
+        meter.note_first_token()
+        served.need(1)
+        meter.report_text(STATS)
+    assert held == [0, 2]
 
 
 def test_a_report_is_lines_for_people_and_json_for_programs(cache: SectionCache[SlotPool]) -> None:

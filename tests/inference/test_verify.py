@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint.small_checkpoints import DEEPSEEK, make_checkpoint
 
+from checkpoint.small_checkpoints import DEEPSEEK, make_checkpoint
 from moesys.checkpoint import load_model, save_model
 from moesys.errors import IneffectiveOptionError, ModelFormatError
 from moesys.inference import verify as verify_module
@@ -76,7 +76,9 @@ def test_a_pass_needs_nearly_all_experts(
 def test_the_tokens_are_a_prompt_in_two_passes_and_sixteen_more() -> None:
     tokens = CheckedTokens.draw(make_config(256, 8))
     assert [len(token_ids) for token_ids in tokens.list_passes()] == [146, 146] + [1] * 16
-    assert sum(tokens.list_passes(), ()) == tokens.token_ids == CheckedTokens.draw(make_config(256, 8)).token_ids
+    assert (
+        sum(tokens.list_passes(), ()) == tokens.token_ids == CheckedTokens.draw(make_config(256, 8)).token_ids
+    )
 
 
 def test_many_experts_come_in_order_twice_and_on_a_guess_once(

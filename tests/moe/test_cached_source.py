@@ -15,7 +15,7 @@ from fake_seams import make_routing
 from torch import Tensor
 
 from moesys.errors import SectionReadError, ShapeError, TrainingError
-from moesys.kernels import BankView, ModuleView, compute_experts, fill_expert_rows, sum_rows
+from moesys.kernels import BankView, ModuleView, fill_expert_rows, sum_rows
 from moesys.moe import CachedLayer, CachedSource, Execution, LocalDispatcher, MoEConfig, MoELayer, PlainLayout
 from moesys.moe.expert_key import ExpertKey
 from moesys.moe.prediction_score import PredictionScore
@@ -444,7 +444,9 @@ def test_the_score_is_of_what_was_read_on_a_guess(open_source: OPEN) -> None:
     told = Told({0: [(1, 0), (1, 1), (1, 2), (1, 3)]})
     source, cache = open_source(2, 8, num_slots=5, predictor=told)
     run(source, 0, [0, 1, 2], 8)
-    assert PredictionScore.of_reads(cache.stats) == PredictionScore(2, 0, 3), "there are slots for two guesses"
+    assert PredictionScore.of_reads(cache.stats) == PredictionScore(2, 0, 3), (
+        "there are slots for two guesses"
+    )
     run(source, 1, [0, 3], 8)
     assert PredictionScore.of_reads(cache.stats) == PredictionScore(2, 1, 3 + 2)
     pass_over_everything(source, 2, 8)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from made_profiles import GIGA, MIB, make_profile, make_rate
 from moesys.errors import GenerationError
+from moesys.models import AttentionConfig, RopeConfig
 from moesys.planning.activity import Activity, RoutedLayer
 from moesys.planning.budget import Budget
 from moesys.planning.ceilings import WeightFormat
@@ -65,7 +66,9 @@ def test_all_in_memory() -> None:
     plan = plan_for(16 * GIB)
     assert (plan.prefill_mode, plan.decode_mode) == (StepMode.RESIDENT, StepMode.RESIDENT)
     assert (plan.num_slots, plan.batch_size, plan.placement.disk_bytes) == (512, 1, 0)
-    assert plan.decode.bound_times.disk_s == plan.prefill.bound_times.disk_s == 0
+    assert plan.decode.bound_times.disk_s == 0
+    # The first prompt reads them, at 1.9 GB/s.
+    assert plan.prefill.bound_times.disk_s == pytest.approx(512 * EXPERT / (1.9 * GIGA), rel=1e-4)
 
 
 def test_half_of_it_in_memory() -> None:
@@ -145,6 +148,11 @@ def test_throughput_opens_many_sequences_and_latency_one() -> None:
     assert fast.seconds_per_sequence < one.seconds_per_sequence
     assert fast.decode.tokens_per_s > one.decode.tokens_per_s
     assert plan_for(16 * GIB, batch_size=3).batch_size == 3
+    attention = replace(ACTIVITY, mixers=(AttentionConfig(16, 16, 128, RopeConfig(128)),) * 8)
+    eight = plan_for(16 * GIB, batch_size=8, active=attention, num_positions=2048)
+    assert eight.prefill == eight.speed.predict_prefill(
+        eight.workload.prompt_tokens, eight.prefill_tokens, 512, num_prompts=8
+    )
 
 
 def test_keys_and_values_come_in_whole_pages() -> None:
@@ -196,6 +204,15 @@ def test_what_cannot_be_held_is_refused_with_the_sum() -> None:
     with pytest.raises(GenerationError, match=r"weights 680.0 MiB \+ keys") as caught:
         plan_for(500 * MIB, footprint=dense, active=replace(ACTIVITY, layers=()))
     assert "experts" not in str(caught.value)
+    with pytest.raises(GenerationError, match=r"is less than resident weights 680.0 MiB; raise it$"):
+        plan_for(
+            0,
+            budget=Budget("RAM", 500 * MIB, is_share=True),
+            footprint=dense,
+            active=replace(ACTIVITY, layers=()),
+        )
+    with pytest.raises(GenerationError, match="raise it, or open fewer than 1000000 sequences at once$"):
+        plan_for(16 * GIB, batch_size=1_000_000)
 
 
 def test_what_is_needed_is_enough() -> None:
@@ -207,7 +224,7 @@ def test_what_is_needed_is_enough() -> None:
 
 def test_one_line_for_people() -> None:
     line = plan_for(3.5 * GIB).describe()
-    assert "of 512 experts in memory, prompts ring in passes of 1024 tokens at about" in line
+    assert "of 512 experts in memory, a first prompt of 2048 tokens ring in passes of 1024 at about" in line
     assert "writing cache at about" in line
     low, high = describe_rate(plan_for(3.5 * GIB).decode).removesuffix(" tokens/s").split(" to ")
     assert 0 < float(low) < float(high)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from made_profiles import GIGA, make_profile
+from moesys.models import AttentionConfig, RopeConfig
 from moesys.planning.activity import Activity, RoutedLayer
 from moesys.planning.ceilings import WeightFormat
 from moesys.planning.cost import Bound
@@ -62,7 +63,7 @@ def test_a_batch_shares_experts() -> None:
 def test_a_prompt_of_a_resident_model_is_arithmetic() -> None:
     """Per token 60 MFLOP of the core and 10 layers of 32 MFLOP each; the head once per pass; 100 GFLOP/s.
     Keys and values of 500, then 1000 tokens are read."""
-    prediction = SPEED.predict_prefill(1000, 500, NUM_EXPERTS)
+    prediction = SPEED.predict_prefill(1000, 500, NUM_EXPERTS, num_held=NUM_EXPERTS)
     assert prediction.seconds == pytest.approx((1000 * (60e6 + 320e6) + 2 * 20e6) / 100e9 + 1.5e6 / 8e9)
     assert prediction.bound is Bound.ARITHMETIC
     assert prediction.bound_tokens_per_s == pytest.approx(1000 / ((1000 * 380e6 + 40e6) / 200e9))
@@ -82,8 +83,49 @@ def test_a_prompt_from_the_disk_reads_all_experts_first_and_then_those_without_a
     assert three.bound_times.disk_s == pytest.approx((1 + 2 * 0.75) * experts / 2, rel=1e-4)
 
 
+def test_experts_that_all_fit_are_read_once_and_those_that_are_there_are_not() -> None:
+    experts = NUM_EXPERTS * EXPERT / GIGA
+    cold, half, warm = (
+        SPEED.predict_prefill(1500, 500, NUM_EXPERTS, num_held=held)
+        for held in (0, NUM_EXPERTS // 2, NUM_EXPERTS)
+    )
+    assert cold.bound_times.disk_s == pytest.approx(experts / 2, rel=1e-4)
+    assert half.bound_times.disk_s == pytest.approx(experts / 4, rel=1e-4)
+    assert warm.bound_times.disk_s == 0
+    assert cold.seconds > half.seconds > warm.seconds
+
+
+def test_prompts_of_a_batch_attend_to_themselves_only() -> None:
+    """Eight prompts in passes of their own cost eight times one, and a pass over several reads the keys of each."""
+    attention = AttentionConfig(1, 1, 64, RopeConfig(64))
+    model = replace(SPEED, activity=replace(ACTIVITY, mixers=(attention,) * 10))
+    one = model.predict_prefill(512, 512, NUM_EXPERTS, num_held=NUM_EXPERTS)
+    eight = model.predict_prefill(512, 512, NUM_EXPERTS, num_prompts=8, num_held=NUM_EXPERTS)
+    together = model.predict_prefill(512, 4096, NUM_EXPERTS, num_prompts=8, num_held=NUM_EXPERTS)
+    long = model.predict_prefill(4096, 4096, NUM_EXPERTS, num_held=NUM_EXPERTS)
+    assert eight.num_tokens == together.num_tokens == 8 * one.num_tokens
+    assert eight.seconds == pytest.approx(8 * one.seconds)
+    heads_s = 7 * 20e6 / 200e9
+    assert together.bound_times.arithmetic_s == pytest.approx(8 * one.bound_times.arithmetic_s - heads_s)
+    more = attention.count_cached_products(4096) - attention.count_cached_products(512)
+    longer_s = long.bound_times.arithmetic_s - together.bound_times.arithmetic_s
+    assert longer_s == pytest.approx(10 * 2 * 4096 * more / 200e9)
+
+
+@pytest.mark.parametrize(
+    ("pass_tokens", "contexts"), [(100, 4 * 100), (150, 150 + 200 + 100), (60, 60 + 120 + 80 + 140 + 100 + 60 + 100)]
+)
+def test_the_keys_that_passes_across_prompts_read(pass_tokens: int, contexts: int) -> None:
+    """Of four prompts of 100 tokens: 0 to 150 needs 100 of the first and 50 of the second."""
+    dense = replace(SPEED, activity=replace(ACTIVITY, layers=(), core_bytes=0), misses=UniformMisses(0))
+    prediction = dense.predict_prefill(100, pass_tokens, 0, num_prompts=4)
+    assert prediction.bound_times.memory_s == pytest.approx(contexts * 1000 / (10 * GIGA))
+
+
 def test_the_last_pass_has_what_is_left() -> None:
-    whole, cut = SPEED.predict_prefill(1100, 500, NUM_EXPERTS), SPEED.predict_prefill(1100, 1100, NUM_EXPERTS)
+    whole, cut = (
+        SPEED.predict_prefill(1100, count, NUM_EXPERTS, num_held=NUM_EXPERTS) for count in (500, 1100)
+    )
     assert whole.num_tokens == cut.num_tokens == 1100
     assert whole.seconds == pytest.approx(cut.seconds + 2 * 20e6 / 100e9 + 1.5e6 / 8e9)
 

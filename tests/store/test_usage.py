@@ -37,7 +37,7 @@ def test_a_damaged_profile_is_refused(counts: object, tmp_path: Path) -> None:
     path = tmp_path / "usage.json"
     content = {"format": "moesys-usage", "version": 1, "model": "a model", "counts": counts}
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"usage\.json holds .* delete it"):
+    with pytest.raises(DataError, match=r"usage\.json holds .* give another file"):
         UsageProfile.read(path, "a model")
 
 

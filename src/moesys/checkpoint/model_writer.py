@@ -46,7 +46,8 @@ def save_model(
 
     extra_config: further keys of ``config.json``, such as token ids. family: whose layout is written; None takes the
     first that holds the model. max_shard_bytes: of the weights in one file, unless a single tensor is larger. Raises
-    `ModelFormatError` when no layout holds the model, or the one asked for does not.
+    `ModelFormatError`, before anything is written, when no layout holds the model, or the one asked for does not, and
+    for a model with int8 weights.
     """
     family = _choose_family(model.config, family)
     shards = _plan_shards(family.list_tensors(model), dtype, max_shard_bytes)

@@ -24,8 +24,8 @@ def check_packed(
     all bytes) of the weights.
 
     Of int8 weights the scales can be NaN or Inf. Memory: a few experts, or the largest other weights. Raises
-    `ModelFormatError` for a file that does not fit or whose small files are damaged, `SectionReadError` for weights that
-    are.
+    `ModelFormatError` for a file that does not fit or whose small files are damaged, `SectionReadError` for damaged
+    weights.
     """
     found: list[NonFinite] = []
     with open_packed_file(path) as file:

@@ -39,7 +39,12 @@ def evaluate(
         int | None, typer.Option(help="Tokens by which windows advance.", show_default="half the context")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Score at most this many.", show_default="all")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Score whole documents of at most this many tokens together, but the shortest of all in any case.",
+            show_default="all",
+        ),
     ] = None,
     dtype: Dtype = None,
     product: Annotated[

@@ -14,7 +14,8 @@ from moesys.cli.opening import open_behind_bar
 
 if TYPE_CHECKING:
     from moesys.inference import SamplingParams
-    from moesys.inference.batch import BatchRun
+    from moesys.inference.batch import BatchRun, BatchStats
+    from moesys.inference.result_file import ResultFile
 
 
 def generate_batch(
@@ -63,13 +64,22 @@ def generate_batch(
                 prefill_tokens=opened.prefill_tokens,
             )
             open_run.begin()
-            with _show_results(len(lines) - len(left), len(lines), run) as on_result:
-                for result in run:
-                    results.add(indices[result.index], result)
-                    on_result()
-            print(f"{len(left)} results in {output}: {run.stats.describe()}", file=sys.stderr)
+            try:
+                with _show_results(len(lines) - len(left), len(lines), run) as on_result:
+                    for result in run:
+                        results.add(indices[result.index], result)
+                        on_result()
+            finally:
+                print(_describe_results(output, results, len(left), run.stats), file=sys.stderr)
             open_run.report_batch(run.stats, len(left))
             open_run.report_traffic()
+
+
+def _describe_results(output: Path, results: ResultFile, num_begun: int, stats: BatchStats) -> str:
+    """One line for people on a run that had ``num_begun`` prompts to do and has ended, perhaps too early."""
+    num_left = len(results.left)
+    rest = f"; {num_left} are left: the same command does them" if num_left else ""
+    return f"{num_begun - num_left} results in {output}: {stats.describe()}{rest}"
 
 
 @contextmanager

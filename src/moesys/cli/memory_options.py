@@ -36,18 +36,18 @@ HostMemory = Annotated[
     ),
 ]
 
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(help="Without a GPU the same as --host-memory.", show_default=False, rich_help_panel=_PANEL),
+]
+
 
 @dataclass(frozen=True)
 class MemoryOptions:
     """As they were given on the command line."""
 
     host_memory: HostMemory = None
-    device_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Without a GPU the same as --host-memory.", show_default=False, rich_help_panel=_PANEL
-        ),
-    ] = None
+    device_memory: DeviceMemory = None
     offload_dir: Annotated[
         Path | None,
         typer.Option(
@@ -106,7 +106,7 @@ class MemoryOptions:
     record: Annotated[
         Path | None,
         typer.Option(
-            help="Write which experts every token went to, for moesys bench cache and moesys plan --usage.",
+            help="Write which experts every token went to, for moesys bench cache and moesys plan --routing.",
             show_default="none",
             rich_help_panel=_PANEL,
         ),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from moesys.cli.arguments import parse_product
 from moesys.cli.memory_options import MemoryOptions
 from moesys.cli.progress import show_bytes
-from moesys.errors import ConfigError
+from moesys.errors import ConfigError, DataError, GenerationError
 from moesys.inference import (
     BatchStats,
     GenerationStats,
@@ -88,7 +88,7 @@ def open_behind_bar(
 ) -> Iterator[OpenRun]:
     """Opens a model as `open_model` does; the bar has vanished before anything is done with it.
 
-    request: what ``memory`` asks for. When the caller is done without an error, its files are written.
+    request: what ``memory`` asks for. When the caller is done, or is stopped by Ctrl-C, its files are written.
     """
     product = parse_product(memory.product)
     _require_writable(memory)
@@ -116,7 +116,13 @@ def open_behind_bar(
                 )
             )
         run = OpenRun(model, memory, trace)
-        yield run
+        try:
+            yield run
+        except KeyboardInterrupt:
+            # Before the first step is complete there is nothing to write.
+            with suppress(DataError, GenerationError):
+                run.write_files()
+            raise
         run.write_files()
 
 

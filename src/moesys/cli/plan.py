@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moesys.cli.memory_options import HostMemory
+from moesys.cli.memory_options import DeviceMemory, HostMemory, MemoryOptions
 
 
 def plan(
@@ -21,6 +21,7 @@ def plan(
         ),
     ],
     host_memory: HostMemory = None,
+    device_memory: DeviceMemory = None,
     goal: Annotated[
         str, typer.Option(help="latency: one sequence at a time; throughput: up to 32 together.")
     ] = "latency",
@@ -34,10 +35,11 @@ def plan(
         int | None,
         typer.Option(min=1, help="Sequences that are open at once.", show_default="as serves the goal"),
     ] = None,
-    usage: Annotated[
+    routing: Annotated[
         Path | None,
         typer.Option(
-            help="Recorded routing, for the share of experts that will be read.", show_default="uniform"
+            help="What --record wrote in a run of this model, for the share of experts that will be read.",
+            show_default="uniform routing",
         ),
     ] = None,
     profile: Annotated[
@@ -58,7 +60,8 @@ def plan(
     from moesys.cli.plan_options import PlanOptions, make_plans
     from moesys.cli.plan_report import encode_plans, render_plans
 
-    plans = make_plans(find_model(model), PlanOptions(host_memory, goal, context, batch, usage, profile))
+    budget = MemoryOptions(host_memory, device_memory).budget
+    plans = make_plans(find_model(model), PlanOptions(budget, goal, context, batch, routing, profile))
     if as_json:
         print(json.dumps(encode_plans(plans), ensure_ascii=False))
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moesys.checkpoint import ModelInventory, Part
+from moesys.checkpoint import ModelInventory, Part, open_weights
 from moesys.cli.inspect_sizing import Sizing, SizingOptions, read_sized
 from moesys.cli.profiles import open_profile
 from moesys.errors import ConfigError, GenerationError, ModelFormatError
@@ -17,8 +17,8 @@ from moesys.planning.machine_profile import MachineProfile
 from moesys.planning.miss_rates import LoggedMisses, count_misses
 from moesys.planning.plan import Goal, InferencePlan, make_plan
 
-STEP_BYTES = 2**30
-"""What a little more and less memory is."""
+_LARGEST_STEP_BYTES = 2**30
+_STEPS_OF_BUDGET = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PlanOptions:
     goal: str
     context: int | None
     batch: int | None
-    usage: Path | None
+    routing: Path | None
     profile: Path | None
 
 
@@ -37,12 +37,17 @@ class PlanOptions:
 class Plans:
     """A model's plan, and what would become of it.
 
-    with_more:  with 1 GiB more.
-    with_less:  with 1 GiB less; None where that is too little.
+    obstacle:           why the model cannot run within the budget as it is stored; None where it can, or where no budget
+                        was given.
+    budget_step_bytes:  what a little more and less memory is.
+    with_more:          with so much more.
+    with_less:          with so much less; None where that is too little.
     """
 
     sizing: Sizing
+    obstacle: str | None
     plan: InferencePlan
+    budget_step_bytes: int
     with_more: InferencePlan
     with_less: InferencePlan | None
 
@@ -59,7 +64,8 @@ def make_plans(folder: Path, options: PlanOptions) -> Plans:
     inventory, sizing = read_sized(folder, SizingOptions(None, options.host_memory, options.context, None))
     if sizing is None:
         raise ModelFormatError(f"{folder} cannot be planned for: {inventory.obstacle}")
-    misses = None if options.usage is None else _read_misses(options.usage, sizing.model)
+    obstacle = None if options.host_memory is None else _find_obstacle(folder)
+    misses = None if options.routing is None else _read_misses(options.routing, sizing.model)
     activity = _measure_activity(sizing)
     # Where there is a GPU its memory is the first tier; this plans for the CPU.
     budget = sizing.placement.tiers[-1].budget
@@ -79,12 +85,29 @@ def make_plans(folder: Path, options: PlanOptions) -> Plans:
 
     profile = open_profile(folder, options.profile)
     plan = plan_for(budget, profile)
-    more = plan_for(replace(budget, size_bytes=budget.size_bytes + STEP_BYTES), profile)
+    step_bytes = choose_budget_step(budget.size_bytes)
+    more = plan_for(replace(budget, size_bytes=budget.size_bytes + step_bytes), profile)
     try:
-        less = plan_for(replace(budget, size_bytes=budget.size_bytes - STEP_BYTES), profile)
+        less = plan_for(replace(budget, size_bytes=budget.size_bytes - step_bytes), profile)
     except GenerationError:
         less = None
-    return Plans(sizing, plan, more, less)
+    return Plans(sizing, obstacle, plan, step_bytes, more, less)
+
+
+def choose_budget_step(budget_bytes: int) -> int:
+    """Returns by how much a budget is changed to see what that brings: the power of two at or below an eighth of it, at
+    least a byte and at most 1 GiB."""
+    eighth = max(1, budget_bytes // _STEPS_OF_BUDGET)
+    return min(_LARGEST_STEP_BYTES, 1 << (eighth.bit_length() - 1))
+
+
+def _find_obstacle(path: Path) -> str | None:
+    """Returns what opening the model within a budget would raise; reads headers."""
+    try:
+        with open_weights(path):
+            return None
+    except ModelFormatError as error:
+        return str(error)
 
 
 def _measure_activity(sizing: Sizing) -> Activity:
@@ -103,7 +126,7 @@ def _read_misses(path: Path, model: ModelInventory) -> LoggedMisses:
     shape = {layer.layer_id: layer.num_experts for layer in model.experts}
     if dict(log.num_experts) != shape:
         raise ConfigError(
-            f"--usage {path} was recorded from {_describe(log.num_experts)}, the model has {_describe(shape)}; record "
+            f"--routing {path} was recorded from {_describe(log.num_experts)}, the model has {_describe(shape)}; record "
             "this model's routing"
         )
     return count_misses(log.demands(), f"{path.name}, {log.num_tokens} tokens")

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from textwrap import wrap
 from typing import Any
 
 from moesys.checkpoint import Part
-from moesys.cli.plan_options import STEP_BYTES, Plans
+from moesys.cli.plan_options import Plans
 from moesys.planning.plan import InferencePlan, StepMode, format_range
 from moesys.planning.speed import Prediction
 from moesys.units import format_bytes
+
+_COLUMNS = 80
 
 
 def render_plans(plans: Plans) -> Iterator[str]:
     """Yields the lines for people."""
     plan = plans.plan
-    budget = plan.tier.budget
-    yield f"{plans.sizing.model.family.architecture} within {format_bytes(budget.size_bytes)} of {budget.tier}"
+    yield f"{plans.sizing.model.family.architecture} within {_name_budget(plans)}"
+    if plans.obstacle is not None:
+        yield from wrap(f"It cannot run like this yet: {plans.obstacle}", _COLUMNS, break_long_words=False)
     yield ""
     yield from _render_memory(plans)
     yield ""
     yield from _render_speed(plan)
     yield ""
-    name = format_bytes(STEP_BYTES)
+    name = format_bytes(plans.budget_step_bytes)
     yield _render_change(f"{name} more", plan, plans.with_more)
     yield _render_change(f"{name} less", plan, plans.with_less)
 
@@ -33,10 +37,20 @@ def encode_plans(plans: Plans) -> dict[str, Any]:
     return {
         "plan": _encode(plans.plan),
         "parts": {part.value: size.loaded_bytes for part, size in plans.sizing.model.parts.items()},
-        "step_bytes": STEP_BYTES,
+        "obstacle": plans.obstacle,
+        "budget_step_bytes": plans.budget_step_bytes,
         "with_more": _encode(plans.with_more),
         "with_less": None if plans.with_less is None else _encode(plans.with_less),
     }
+
+
+def _name_budget(plans: Plans) -> str:
+    tier, weight_bytes = plans.plan.tier, plans.sizing.footprint.weight_bytes
+    size = format_bytes(tier.budget.size_bytes)
+    if not tier.budget.is_share:
+        return f"{size} of {tier.budget.tier}"
+    share = tier.budget.size_bytes / weight_bytes
+    return f"{share:.0%} of its weights, {size}; {format_bytes(tier.used_bytes)} of {tier.budget.tier} in all"
 
 
 def _render_memory(plans: Plans) -> Iterator[str]:
@@ -59,9 +73,13 @@ def _render_memory(plans: Plans) -> Iterator[str]:
 
 def _render_speed(plan: InferencePlan) -> Iterator[str]:
     prompt = plan.workload.prompt_tokens
-    yield f"  {'':<22}{'experts':<10}{'predicted tokens/s':<20}{'at most':<14}bound by"
-    yield _render_prediction(f"prompt of {prompt} tokens", plan.prefill_mode, plan.prefill)
-    yield _render_prediction("writing", plan.decode_mode, plan.decode)
+    yield from _render_table(
+        ("", "experts", "predicted tokens/s", "at most", "bound by"),
+        _list_cells(f"prompt of {prompt} tokens", plan.prefill_mode, plan.prefill),
+        _list_cells("writing", plan.decode_mode, plan.decode),
+    )
+    if plan.prefill_mode is StepMode.RESIDENT and plan.speed.activity.num_experts:
+        yield "  the first prompt reads the experts, which then stay in memory"
     if plan.decode_mode is StepMode.CACHE:
         misses = plan.speed.misses
         yield f"  {misses.find_rate(plan.num_slots):.0%} of the experts that a token needs are read ({misses.source})"
@@ -71,10 +89,18 @@ def _render_speed(plan: InferencePlan) -> Iterator[str]:
     yield f"  measured {plan.speed.profile.measured_on} on {plan.speed.profile.machine.cpu}"
 
 
-def _render_prediction(name: str, mode: StepMode, prediction: Prediction) -> str:
+def _list_cells(name: str, mode: StepMode, prediction: Prediction) -> tuple[str, ...]:
     rate = format_range(prediction.tokens_per_s, prediction.tokens_per_s_if_skewed)
     bound = format_range(prediction.bound_tokens_per_s, prediction.bound_tokens_per_s_if_skewed)
-    return f"  {name:<22}{mode:<10}{rate:<20}{bound:<14}{prediction.bound}"
+    return name, mode, rate, bound, prediction.bound
+
+
+def _render_table(*rows: tuple[str, ...]) -> Iterator[str]:
+    """Yields a line per row, its cells two columns apart at least."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield f"  {'  '.join(cells)}".rstrip()
 
 
 def _render_change(name: str, plan: InferencePlan, changed: InferencePlan | None) -> str:

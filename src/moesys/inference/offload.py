@@ -57,7 +57,8 @@ class OffloadedModel:
     caches:     one for each shape of experts.
     tally:      which experts every layer asked for; None where that is not noted.
     recorder:   the routing of all tokens so far; None where that is not recorded.
-    predictor:  says what is read ahead on a guess; None where nothing is guessed. ``stats`` tell how often it was right.
+    predictor:  says what is read ahead on a guess; None where nothing is guessed. ``stats`` tell how often it was
+                right.
     """
 
     model: Decoder
@@ -125,7 +126,8 @@ class Watch:
     usage:    file of how often each expert was used: read where it exists, so that the run begins with what is used
               most, and written at the end.
     trace:    is told of everything that is read and computed.
-    tallies:  whether it is noted which experts are asked for, in two bytes each: what a `RunMeter` judges the policy by.
+    tallies:  whether it is noted which experts are asked for, in two bytes each: what a `RunMeter` judges the policy
+              by.
     records:  whether the routing of all tokens is kept, two bytes for each choice of each layer.
     """
 
@@ -202,7 +204,7 @@ def load_offloaded(
         if profile is not None:
             for cache in caches.values():
                 preload(cache, profile, cache.sections)
-        yield OffloadedModel(
+        offloaded = OffloadedModel(
             model,
             Execution(LocalDispatcher(), source),
             weights.experts,
@@ -213,8 +215,11 @@ def load_offloaded(
             recorder,
             predictor,
         )
-        if watch.usage is not None and profile is not None:
-            profile.follow(cached.uses).write(watch.usage)
+        try:
+            yield offloaded
+        finally:
+            if watch.usage is not None and profile is not None:
+                profile.follow(cached.uses).write(watch.usage)
 
 
 def _open_predictor(model: Decoder) -> EarlyRouter:

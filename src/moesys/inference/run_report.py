@@ -87,11 +87,13 @@ class RunMeter:
     def __init__(self, offloaded: OffloadedModel) -> None:
         self._offloaded = offloaded
         self._prompt: CacheStats | None = None
+        self._num_held = 0
         self._mark()
 
     def note_first_token(self) -> None:
         """Says that the prompt is computed and writing begins."""
         self._prompt = _subtract(self._offloaded.stats, self._stats)
+        self._num_held = sum(map(len, self._held.values()))
         self._mark()
 
     def report_text(self, stats: GenerationStats) -> RunReport:
@@ -101,7 +103,7 @@ class RunMeter:
         prompt = self._measure(stats.prompt_tokens, stats.prefill_s, self._prompt, None)
         plan, predictions = self._offloaded.plan.predicted, []
         if plan is not None:
-            predictions.append(_compare("prompt", _predict_prompt(plan, stats), prompt))
+            predictions.append(_compare("prompt", _predict_prompt(plan, stats, self._num_held), prompt))
         writing = None
         if stats.new_tokens > 1:
             writing = self._measure_since_mark(stats.new_tokens - 1, stats.decode_s)
@@ -203,9 +205,9 @@ def _encode(record: Traffic | PredictionReport) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
-def _predict_prompt(plan: InferencePlan, stats: GenerationStats) -> Prediction:
+def _predict_prompt(plan: InferencePlan, stats: GenerationStats, num_held: int) -> Prediction:
     pass_tokens = min(plan.prefill_tokens, stats.prompt_tokens)
-    return plan.speed.predict_prefill(stats.prompt_tokens, pass_tokens, plan.num_slots)
+    return plan.speed.predict_prefill(stats.prompt_tokens, pass_tokens, plan.num_slots, num_held=num_held)
 
 
 def _compare(kind: str, predicted: Prediction, traffic: Traffic) -> PredictionReport:

@@ -10,8 +10,8 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -210,23 +210,24 @@ class TracedSource:
         self._trace.note_tokens(routing.num_tokens)
         self._source.hint(layer_id, routing)
 
-    def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
+    def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
         """See `ExpertSource`. What is no waiting and no computing of experts is the rest."""
         self._last_layer = layer_id
         stalled_s = self._read_stall_s()
-        for view in self._source.acquire(layer_id, demand):
-            ready_s, stalled_before_s = time.perf_counter(), stalled_s
-            stalled_s = self._read_stall_s()
-            waited_s = stalled_s - stalled_before_s
-            self._end_rest(layer_id, ready_s - waited_s)
-            if waited_s > 0:
-                self._trace.record_work(Activity.WAIT, layer_id, ready_s - waited_s, ready_s)
-            try:
-                yield view
-            finally:
-                done_s = time.perf_counter()
-                self._trace.record_work(Activity.EXPERTS, layer_id, ready_s, done_s)
-                self._busy_since = done_s
+        with closing(self._source.acquire(layer_id, demand)) as views:
+            for view in views:
+                ready_s, stalled_before_s = time.perf_counter(), stalled_s
+                stalled_s = self._read_stall_s()
+                waited_s = stalled_s - stalled_before_s
+                self._end_rest(layer_id, ready_s - waited_s)
+                if waited_s > 0:
+                    self._trace.record_work(Activity.WAIT, layer_id, ready_s - waited_s, ready_s)
+                try:
+                    yield view
+                finally:
+                    done_s = time.perf_counter()
+                    self._trace.record_work(Activity.EXPERTS, layer_id, ready_s, done_s)
+                    self._busy_since = done_s
 
     def release(self, layer_id: int, view: BankView | ModuleView) -> None:
         """See `ExpertSource`."""

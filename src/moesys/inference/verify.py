@@ -139,7 +139,7 @@ def verify_model(
     by_layer: bool | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> EqualityCheck:
-    """Runs fixed random tokens with few, some and as many experts in memory as the budget holds, and with some once more
+    """Runs fixed random tokens with few, some and as many experts in memory as the budget holds, with some once more
     while others are read on a guess, and compares.
 
     host_memory:  the budget; None for what every token uses and half of the experts.

@@ -175,8 +175,8 @@ class LatentAttention(Mixer):
     def _attend_to_latents(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, attend: Attend
     ) -> Tensor:
-        """q_nope . (W_k latent) = (W_k^T q_nope) . latent, and likewise for the values: products with a matrix per head,
-        in which a token's bits do not depend on how many others there are."""
+        """q_nope . (W_k latent) = (W_k^T q_nope) . latent, and likewise for the values: products with a matrix per
+        head, in which a token's bits do not depend on how many others there are."""
         c = self.config
         weight_HFR = self.kv_b_proj.weight.unflatten(0, (c.num_heads, -1))
         key_HNR, value_HVR = weight_HFR.split([c.nope_head_dim, c.value_head_dim], dim=1)

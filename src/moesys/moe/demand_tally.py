@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class DemandTally:
         """See `ExpertSource`."""
         self._source.hint(layer_id, routing)
 
-    def acquire(self, layer_id: int, demand: Tensor) -> Iterator[BankView | ModuleView]:
+    def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
         """See `ExpertSource`."""
         experts = (demand.diff() > 0).nonzero().flatten().tolist()
         self._numbers.extend((layer_id, len(experts), *experts))

@@ -160,8 +160,8 @@ class ExpertSource(Protocol):
     def acquire(self, layer_id: int, demand: Tensor) -> Generator[BankView | ModuleView, None, None]:
         """Yields views that together hold every expert with rows.
 
-        demand: (experts + 1,) int64 group offsets of the dispatched rows. A view is pinned until released. Whoever stops
-                before the last view closes the generator, which lets go of all that was not lent.
+        demand: (experts + 1,) int64 group offsets of the dispatched rows. A view is pinned until released. Whoever
+                stops before the last view closes the generator, which lets go of all that was not lent.
         """
         ...
 

@@ -52,7 +52,7 @@ class StepMode(StrEnum):
     """Where a kind of step finds its experts."""
 
     RESIDENT = "resident"
-    """All of them are in memory."""
+    """All of them stay in memory once they were read."""
     RING = "ring"
     """They come from the disk in the order of the layers, read ahead, for a step that needs most of them."""
     CACHE = "cache"
@@ -80,7 +80,8 @@ class InferencePlan:
     prefill_tokens:  of a prompt in one pass, at most.
     batch_size:      sequences that are open at once, of at most ``num_positions`` tokens each.
     num_slots:       experts in memory, of all layers.
-    prefill, decode: of the prompts, and of a step in the middle of the answers, of ``workload``.
+    prefill:         of the first prompts of ``workload``, for which all experts that they need are read.
+    decode:          of a step in the middle of the answers.
     """
 
     goal: Goal
@@ -124,9 +125,9 @@ class InferencePlan:
         """One line for people: how it runs and how fast that will be."""
         kept = f"{self.num_slots} of {self.speed.activity.num_experts} experts in memory"
         return (
-            f"plan: {kept}, prompts {self.prefill_mode} in passes of {self.prefill_tokens} tokens at about "
-            f"{format_rate(self.prefill.tokens_per_s)} tokens/s, writing {self.decode_mode} at about "
-            f"{describe_rate(self.decode)}"
+            f"plan: {kept}, a first prompt of {self.workload.prompt_tokens} tokens {self.prefill_mode} in passes of "
+            f"{self.prefill_tokens} at about {format_rate(self.prefill.tokens_per_s)} tokens/s, writing "
+            f"{self.decode_mode} at about {describe_rate(self.decode)}"
         )
 
 
@@ -223,10 +224,9 @@ class Spend:
             needed[f"a pass of {self.pass_tokens} tokens"] = tier.step_bytes
             needed["a reserve"] = compute_reserve(sum(list(needed.values())[:2]))
         parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
-        return (
-            f"--host-memory {format_bytes(budget.size_bytes)} is less than {parts} = "
-            f"{format_bytes(sum(needed.values()))}; raise it"
-        )
+        total = f" = {format_bytes(sum(needed.values()))}" if len(needed) > 1 else ""
+        fewer = f", or open fewer than {self.batch_size} sequences at once" if self.batch_size > 1 else ""
+        return f"--host-memory {format_bytes(budget.size_bytes)} is less than {parts}{total}; raise it{fewer}"
 
 
 def spend(
@@ -285,7 +285,7 @@ def _predict(
         num_slots=num_slots,
         workload=workload,
         prefill=speed.predict_prefill(
-            spend.batch_size * workload.prompt_tokens, spend.pass_tokens, num_slots
+            workload.prompt_tokens, spend.pass_tokens, num_slots, num_prompts=spend.batch_size
         ),
         decode=speed.predict_decode(spend.batch_size, position, num_slots),
         speed=speed,

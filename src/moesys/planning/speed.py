@@ -87,7 +87,7 @@ class SpeedModel:
         Where experts come from the disk and the sequences together need most of them, each step is a pass over all.
         """
         if num_slots < self.activity.num_experts and self.activity.is_pass(batch_size):
-            work = self._make_decode_work(batch_size, position, self._find_reread_share(num_slots))
+            work = self._make_decode_work(batch_size, position, self._find_missing_share(num_slots))
             return self._predict_passes(batch_size, [work])
         rate = self._find_miss_rate(num_slots)
         work = self._make_decode_work(batch_size, position, rate)
@@ -106,10 +106,23 @@ class SpeedModel:
             disk_bytes_per_s=self._ceilings.disk_bytes_per_s,
         )
 
-    def predict_prefill(self, num_tokens: int, pass_tokens: int, num_slots: int) -> Prediction:
-        """Predicts a prompt in passes of at most ``pass_tokens``. Where experts come from the disk, the first pass
-        finds none in memory; each later one finds those that the slots hold, in whatever order they are needed."""
-        return self._predict_passes(num_tokens, self._list_passes(num_tokens, pass_tokens, num_slots))
+    def predict_prefill(
+        self,
+        prompt_tokens: int,
+        pass_tokens: int,
+        num_slots: int,
+        *,
+        num_prompts: int = 1,
+        num_held: int = 0,
+    ) -> Prediction:
+        """Predicts ``num_prompts`` prompts of so many tokens each, one after the other, in passes of at most
+        ``pass_tokens`` of all of them. A token attends to its own prompt only.
+
+        num_held:  experts that are in memory before the first pass. It reads the others that it needs, however many
+                   slots there are; each later one finds those that the slots hold, in whatever order they are needed.
+        """
+        works = self._list_passes(prompt_tokens, num_prompts, pass_tokens, num_slots, num_held)
+        return self._predict_passes(num_prompts * prompt_tokens, works)
 
     def _predict_passes(self, num_tokens: int, works: Sequence[StepWork]) -> Prediction:
         alone = find_stream_rates(self.profile, self.activity.weight_format, self.way)
@@ -134,10 +147,10 @@ class SpeedModel:
     def _ceilings(self) -> StepRates:
         return find_ceilings(self.profile, self.activity.weight_format)
 
-    def _find_reread_share(self, num_slots: int) -> float:
-        """Returns what of its experts a pass reads that follows another one: what the slots do not hold."""
+    def _find_missing_share(self, num_held: int) -> float:
+        """Returns what of its experts a pass reads while memory holds so many."""
         num_experts = self.activity.num_experts
-        return max(0.0, 1 - num_slots / num_experts) if num_experts else 0.0
+        return max(0.0, 1 - num_held / num_experts) if num_experts else 0.0
 
     def _find_miss_rate(self, num_slots: int) -> float:
         return 0.0 if num_slots >= self.activity.num_experts else self.misses.find_rate(num_slots)
@@ -156,15 +169,16 @@ class SpeedModel:
             attention_flops=activity.count_attention_flops(batch_size, max(1, round(2 * position))),
         )
 
-    def _list_passes(self, num_tokens: int, pass_tokens: int, num_slots: int) -> list[StepWork]:
-        activity = self.activity
-        later_rate = self._find_reread_share(num_slots)
-        attention_flops = activity.count_attention_flops(num_tokens, num_tokens)
+    def _list_passes(
+        self, prompt_tokens: int, num_prompts: int, pass_tokens: int, num_slots: int, num_held: int
+    ) -> list[StepWork]:
+        activity, num_tokens = self.activity, num_prompts * prompt_tokens
+        prompt_flops = activity.count_attention_flops(prompt_tokens, prompt_tokens)
         works = []
         for start in range(0, num_tokens, pass_tokens):
             count = min(pass_tokens, num_tokens - start)
             expert_bytes = activity.count_expert_bytes(count)
-            is_cold = start == 0 and later_rate > 0
+            missing_share = self._find_missing_share(num_slots if start else num_held)
             works.append(
                 StepWork(
                     num_tokens=count,
@@ -172,9 +186,17 @@ class SpeedModel:
                     core_flops=count * activity.core_flops + activity.head_flops,
                     expert_bytes=expert_bytes,
                     expert_flops=activity.count_expert_flops(count),
-                    missed_bytes=expert_bytes if is_cold else later_rate * expert_bytes,
-                    kv_bytes=(start + count) * self.kv_bytes_per_token,
-                    attention_flops=attention_flops * count / num_tokens,
+                    missed_bytes=missing_share * expert_bytes,
+                    kv_bytes=_count_context(start, count, prompt_tokens) * self.kv_bytes_per_token,
+                    attention_flops=prompt_flops * count / prompt_tokens,
                 )
             )
         return works
+
+
+def _count_context(start: int, num_tokens: int, prompt_tokens: int) -> int:
+    """Returns the tokens whose keys a pass reads that computes ``num_tokens`` tokens from ``start`` on of prompts that
+    lie end to end: of each of its prompts, those up to the last one computed."""
+    end = start + num_tokens
+    first, last = start // prompt_tokens, (end - 1) // prompt_tokens
+    return (last - first) * prompt_tokens + end - last * prompt_tokens

@@ -10,9 +10,10 @@ What must not leave is pinned, so that the cache's policy, whichever it is, find
 every number of slots from 1. Knows nothing of files or of what is computed.
 
 What is read ahead is read only while nothing is demanded. At the end of a pass that followed one, the next one's first
-sections are read ahead too. Nobody knows whether there will be one: after the last piece of a prompt single tokens come.
-It is worth a try all the same, since a wrong one costs so little: it takes only the slots that sections pass through,
-what leaves them has just been computed beyond the share of its group, and a demand goes before all that still waits.
+sections are read ahead too. Nobody knows whether there will be one: after the last piece of a prompt single tokens
+come. It is worth a try all the same, since a wrong one costs so little: it takes only the slots that sections pass
+through, what leaves them was just computed beyond the share of its group, and a demand goes before all that still
+waits.
 """
 
 from __future__ import annotations

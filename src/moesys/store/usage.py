@@ -64,12 +64,12 @@ class UsageProfile:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(f"{path} is not a usage profile ({error}); delete it") from None
+            raise DataError(f"{path} is not a usage profile ({error}); give another file") from None
         if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (
             _FORMAT,
             _VERSION,
         ):
-            raise DataError(f"{path} is not a usage profile of version {_VERSION}; delete it")
+            raise DataError(f"{path} is not a usage profile of version {_VERSION}; give another file")
         if content.get("model") != model:
             raise DataError(
                 f"{path} is the usage profile of {content.get('model')!r}, and the model is {model!r}; give this model "
@@ -100,5 +100,5 @@ def _parse_counts(entries: object, path: Path) -> dict[UsageKey, float]:
             ):
                 counts[tuple(key)] = value
             case _:
-                raise DataError(f"{path} holds {entry!r} where a section and its uses should be; delete it")
+                raise DataError(f"{path} holds {entry!r} where a section and its uses should be; give another file")
     return counts

@@ -29,8 +29,8 @@ def compute_rms_norm_pair(
     """Computes both parts of (..., columns), contiguous in the result.
 
     x: contiguous, or (..., rows, columns) with dimensions of size 1 before, whose rows may lie apart as part of wider
-    ones. weights: contiguous, in the dtype of x; as many numbers as a group of their part has, of which ``widths`` holds
-    a whole number.
+    ones. weights: contiguous, in the dtype of x; as many numbers as a group of their part has, of which ``widths``
+    holds a whole number.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     first, second = weights

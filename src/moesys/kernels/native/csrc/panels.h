@@ -10,7 +10,7 @@
 
 #define PANEL_VECTORS 2
 #define PANEL (PANEL_VECTORS * LANES)  // weight rows
-#define MANY_ROWS 48
+#define SHORT_WORDS 256
 #define LARGEST_WORDS 2048  // of a weight row, so that the panels of a block stay in the second cache
 
 // Words of a row in the form in which such activations meet the matrix.
@@ -21,7 +21,7 @@ INLINE int64_t count_words(const activations *a, const matrix *m) { return m->co
 // Whether panels of the matrix pay for so many rows that meet it.
 INLINE int wants_panels(const activations *a, const matrix *m, int64_t rows) {
   int64_t words = count_words(a, m);
-  return rows >= MANY_ROWS && (m->format == WEIGHT_F32 || m->format == WEIGHT_BF16) && m->columns % (2 * LANES) == 0 &&
+  return rows >= (words <= SHORT_WORDS ? 96 : 192) && (m->format == WEIGHT_F32 || m->format == WEIGHT_BF16) && m->columns % (2 * LANES) == 0 &&
          words <= LARGEST_WORDS;
 }
 
