@@ -36,7 +36,7 @@ def call(*arguments: object) -> str:
 
 def test_the_table_has_a_line_per_size_and_predictor(log: Path) -> None:
     lines = call(log, "--slots", "4, 8,16").splitlines()
-    assert lines[0] == "40 tokens in 40 steps through 2 layers, 16 experts; a test"
+    assert lines[0] == "40 tokens in 40 steps through 2 layers, 16 experts, recorded from a test"
     header = next(line for line in lines if line.split()[:1] == ["slots"])
     assert header.split()[3:] == ["belady", *(name.value for name in PolicyName)]
     sizes = [line.split()[:2] for line in lines if line.split()[:1] in (["4"], ["8"], ["16"])]
@@ -87,6 +87,25 @@ def test_a_picture_that_cannot_be_drawn_is_refused_at_once(
     with pytest.raises(MissingExtraError, match=r"drawing the miss curves needs the package 'matplotlib'"):
         call(log, "--plot", tmp_path / "curves.png")
     call(log, "--slots", "8")
+
+
+def test_a_picture_has_a_folder_to_lie_in(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoutingLog, "read", lambda path: pytest.fail("work was begun"))
+    (tmp_path / "folder.png").mkdir()
+    for plot in (tmp_path / "none" / "curves.png", tmp_path / "folder.png"):
+        with pytest.raises(ConfigError, match=rf"--plot {plot} cannot be written: it must be a file in a folder"):
+            call(log, "--plot", plot)
+    assert not (tmp_path / "none").exists()
+
+
+def test_more_slots_than_experts_are_refused(log: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--slots \('4,17'\) must not exceed the experts of the log, 16"):
+        call(log, "--slots", "4,17")
+
+
+def test_a_folder_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{tmp_path} is a folder, and a file of recorded routing is needed"):
+        call(tmp_path)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from family_keys import FAMILY_KEYS
 from made_profiles import make_profile
 from model_folders import write_model, write_sparse_model
 from moesys.cli import profiles
+from moesys.cli.plan_options import choose_budget_step
 from moesys.models import DecoderConfig
 from moesys.moe.routing_log import RoutingLog
 from moesys.planning.machine import read_disk, read_machine
@@ -107,7 +108,7 @@ def test_a_goal_of_throughput_opens_more_sequences(plan_large: Call) -> None:
         read(plan_large("--host-memory", "24GiB", "--json", *options))["plan"]
         for options in ((), ("--goal", "throughput"), ("--batch", "3", "--context", "100"))
     )
-    assert (one["batch_size"], many["batch_size"], three["batch_size"]) == (1, 4, 3), "then arithmetic rules"
+    assert (one["batch_size"], many["batch_size"], three["batch_size"]) == (1, 32, 3)
     assert many["decode"]["tokens_per_s"] > one["decode"]["tokens_per_s"]
     assert three["num_positions"] == three["prefill_tokens"] == 100
 
@@ -126,14 +127,13 @@ def test_recorded_routing_takes_the_place_of_the_assumption(plan_large: Call, tm
     table = torch.arange(8, dtype=torch.int16).repeat(20, 1)
     log = RoutingLog(dict.fromkeys(range(8), table), dict.fromkeys(range(8), 64), torch.arange(21))
     log.write(tmp_path / "log")
-    answer = plan_large("--host-memory", "3.5GiB", "--usage", tmp_path / "log")
+    answer = plan_large("--host-memory", "3.5GiB", "--routing", tmp_path / "log")
     assert "0% of the experts that a token needs are read (log, 20 tokens)" in answer.out
     assert " to " not in answer.out.partition("writing")[2].splitlines()[0]
     other = RoutingLog({0: table}, {0: 64}, torch.arange(21))
     other.write(tmp_path / "other")
-    answer = plan_large("--usage", tmp_path / "other")
+    answer = plan_large("--routing", tmp_path / "other")
     assert answer.status == 1
-    assert "was recorded from 1 MoE layers of 64 experts, the model has 8 of 64 experts" not in answer.error
     assert (
         "was recorded from 1 MoE layers of 64 experts, the model has 8 MoE layers of 64 experts"
         in answer.error
@@ -147,7 +147,9 @@ def test_recorded_routing_takes_the_place_of_the_assumption(plan_large: Call, tm
         (["--host-memory", "8GB"], "--host-memory ('8GB') must be a size above 0"),
         (["--goal", "speed"], "--goal ('speed') must be latency or throughput"),
         (["--context", "5000"], "--context (5000) must not exceed what the model was made for, 4096 tokens"),
-        (["--usage", "/nowhere"], "/nowhere"),
+        (["--routing", "/nowhere"], "/nowhere"),
+        (["--host-memory", "8GiB", "--device-memory", "8GiB"], "name the same RAM"),
+        (["--batch", "1000000"], "raise it, or open fewer than 1000000 sequences at once"),
     ],
 )
 def test_wrong_options_are_refused(options: list[str], message: str, plan_large: Call) -> None:
@@ -157,7 +159,74 @@ def test_wrong_options_are_refused(options: list[str], message: str, plan_large:
 
 
 def test_less_memory_than_enough_is_told(plan_large: Call) -> None:
-    assert "1.0 GiB less: too little to run" in plan_large("--host-memory", "2GiB").out
+    assert "128.0 MiB less: too little to run" in plan_large("--host-memory", "1400MiB").out
+
+
+@pytest.mark.parametrize(
+    ("budget_bytes", "step_bytes"),
+    [(64 * 2**30, 2**30), (8 * 2**30, 2**30), (2**33 - 1, 2**29), (262 * 2**20, 2**25), (9, 1), (1, 1)],
+)
+def test_the_step_is_a_readable_part_of_the_budget(budget_bytes: int, step_bytes: int) -> None:
+    assert choose_budget_step(budget_bytes) == step_bytes
+
+
+def test_a_share_is_named_as_one_beside_the_sum(plan_large: Call) -> None:
+    answer = plan_large("--device-memory", "50%")
+    title = answer.out.splitlines()[0]
+    assert title.startswith("OlmoeForCausalLM within 50% of its weights, 3.3 GiB; ")
+    total = next(line for line in answer.out.splitlines() if line.startswith("  all ")).split()[1:3]
+    assert title.endswith(f"{' '.join(total)} of RAM in all")
+    assert "  256.0 MiB more: " in answer.out
+    assert read(plan_large("--host-memory", "50%", "--json"))["budget_step_bytes"] == 2**28
+
+
+def test_cells_of_wide_numbers_stand_apart(
+    profile: Path, large_model: Path, moesys_command: Call
+) -> None:
+    fast = make_profile()
+    rates = tuple(replace(rate, bytes_per_s=1e4 * rate.bytes_per_s) for rate in fast.disk_rates)
+    many = {name: 1e4 * value for name, value in fast.gemm_flops_per_s.items()}
+    weights = {name: 1e4 * value for name, value in fast.weight_read_bytes_per_s.items()}
+    flops = {name: 1e4 * value for name, value in fast.linear_flops_per_s.items()}
+    save_profile(
+        profile,
+        replace(
+            fast,
+            disk_rates=rates,
+            gemm_flops_per_s=many,
+            weight_read_bytes_per_s=weights,
+            linear_flops_per_s=flops,
+            memory_read_bytes_per_s=1e14,
+        ),
+    )
+    answer = moesys_command("plan", large_model, "--host-memory", "3.5GiB", "--profile", profile)
+    (row,) = (line for line in answer.out.splitlines() if line.startswith("  writing "))
+    cells = [cell for cell in row.split("  ") if cell]
+    assert len(cells) == 5, row
+    assert len(row.split(" to ")) == 3
+    assert "e+" not in answer.out
+
+
+def test_what_cannot_run_as_it_is_stored_is_said_with_what_helps(
+    tmp_path: Path, profile: Path, moesys_command: Call
+) -> None:
+    write_model(tmp_path / "model", FAMILY_KEYS["gpt_oss"])
+    arguments = ("plan", tmp_path / "model", "--profile", profile)
+    answer = moesys_command(*arguments, "--host-memory", "60%")
+    said = " ".join(answer.out.split())
+    assert "It cannot run like this yet:" in said
+    assert "in another order than the kernels take" in said
+    assert "pack the model first: moesys pack" in said
+    assert max(map(len, answer.out.splitlines())) <= 80
+    obstacle = read(moesys_command(*arguments, "--host-memory", "60%", "--json"))["obstacle"]
+    assert "pack the model first" in obstacle
+    assert read(moesys_command(*arguments, "--json"))["obstacle"] is None
+
+
+def test_the_first_prompt_of_what_fits_reads_it(plan_large: Call) -> None:
+    tree = read(plan_large("--json"))["plan"]
+    assert tree["prefill"]["bound_times_s"]["disk_s"] > 0
+    assert "the first prompt reads the experts, which then stay in memory" in plan_large().out
 
 
 def test_a_model_that_moesys_does_not_know_is_refused(tmp_path: Path, moesys_command: Call) -> None:
@@ -258,14 +327,14 @@ OlmoeForCausalLM within 3.5 GiB of RAM
   reserve                  313.7 MiB              loading and libraries
   all                        3.5 GiB     3.8 GiB
 
-                        experts   predicted tokens/s  at most       bound by
-  prompt of 2048 tokens ring      83.3                175           arithmetic
-  writing               cache     2.88 to 5.18        3.9 to 7.03   disk
+                         experts  predicted tokens/s  at most      bound by
+  prompt of 2048 tokens  ring     83.3                175          arithmetic
+  writing                cache    2.88 to 5.18        3.9 to 7.03  disk
   64% of the experts that a token needs are read (uniform routing, assumed)
   the higher rates are for routing that prefers some experts, as is usual
   disk: direct reads, 4 in flight
   measured 2026-01-02T03:04:05+00:00 on Abacus 9000
 
-  1.0 GiB more: prompts +1%, writing +23% (269 experts in RAM, passes of 512)
-  1.0 GiB less: prompts -1%, writing -16% (102 experts in RAM, passes of 512)
+  256.0 MiB more: prompts +0%, writing +5% (207 experts in RAM, passes of 512)
+  256.0 MiB less: prompts -0%, writing -5% (165 experts in RAM, passes of 512)
 """

@@ -492,9 +492,10 @@ def test_an_error_while_a_view_is_computed_leaves_nothing_pinned(
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("moesys.moe.layer.fill_expert_rows", fail)
-    layer = MoELayer(4, MoEConfig(8, 2, 3)).eval()
+    layer, keeping = MoELayer(4, MoEConfig(8, 2, 3)).eval(), Keeping(source)
     with pytest.raises(RuntimeError, match="no memory"):
-        layer(torch.randn(20, 4), Execution(LocalDispatcher(), Keeping(source)))
+        layer(torch.randn(20, 4), Execution(LocalDispatcher(), keeping))
+    assert len(keeping.kept) == 1
     assert not any(entry.num_pins for entry in cache._entries.values())
 
 

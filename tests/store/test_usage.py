@@ -60,7 +60,7 @@ def test_a_cache_begins_with_the_most_used(tmp_path: Path) -> None:
     sections = {(0, key): section for key, section in write_sections(tmp_path / "w.bin").items()}
     assert len(list_sections(tmp_path / "w.bin")) == NUM_SECTIONS
     usage = UsageProfile("m", {(0, 3): 1.0, (0, 5): 9.0, (0, 7): 4.0, (1, 1): 50.0})
-    with SectionReader(2) as reader:
+    with SectionReader(1) as reader:
         cache = SectionCache(make_pool(2), sections, reader, LeastRecent())
         assert preload(cache, usage, sections) == 2
         cache.settle([(0, 5), (0, 7)])

@@ -75,7 +75,8 @@ def cache(
 
 
 def _choose_sizes(num_experts: int, slots: str | None) -> list[int]:
-    """Returns the numbers of slots, rising. Raises `ConfigError` for a text that is no list of them."""
+    """Returns the numbers of slots, rising. Raises `ConfigError` for a text that is no list of them, and for more slots
+    than experts."""
     from moesys.errors import ConfigError
 
     if slots is None:
@@ -83,6 +84,10 @@ def _choose_sizes(num_experts: int, slots: str | None) -> list[int]:
     sizes = sorted({int(part) for part in slots.split(",") if part.strip().isdecimal()})
     if not sizes or sizes[0] < 1 or not all(part.strip().isdecimal() for part in slots.split(",")):
         raise ConfigError(f"--slots ({slots!r}) must be numbers of 1 or more, such as 64,128,256")
+    if sizes[-1] > num_experts:
+        raise ConfigError(
+            f"--slots ({slots!r}) must not exceed the experts of the log, {num_experts}: more slots would stay empty"
+        )
     return sizes
 
 
@@ -92,7 +97,7 @@ def _render_text(
     num_experts = len(log.keys)
     lines = [
         f"{log.num_tokens} tokens in {log.num_steps} steps through {len(log.layer_ids)} layers, {num_experts} experts"
-        + (f"; {log.origin}" if log.origin else ""),
+        + (f", recorded from {log.origin}" if log.origin else ""),
         "",
         "loads (share of the demands found in memory)",
         f"{'slots':>6} {'of all':>7}" + "".join(f"{curve.name:>18}" for curve in curves),

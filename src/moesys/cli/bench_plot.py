@@ -17,10 +17,12 @@ _INK, _MUTED, _RULE = "#222222", "#5f6368", "#dddddd"
 
 
 def require_plot(path: Path) -> None:
-    """Raises `MissingExtraError` without matplotlib, and `ConfigError` for a file that is not to be a PNG; call it
-    before what takes long."""
+    """Raises `MissingExtraError` without matplotlib, and `ConfigError` for a file that is not to be a PNG or could not
+    be written; call it before what takes long."""
     if path.suffix != ".png":
         raise ConfigError(f"--plot ({path}) must end in .png")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"--plot {path} cannot be written: it must be a file in a folder that exists")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

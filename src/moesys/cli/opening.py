@@ -31,8 +31,9 @@ from moesys.inference import (
 class OpenRun:
     """An open model, and what is said and written about how it runs within its budget. Without one, nothing is."""
 
-    def __init__(self, opened: OpenModel, memory: MemoryOptions, trace: Trace | None) -> None:
+    def __init__(self, opened: OpenModel, name: str, memory: MemoryOptions, trace: Trace | None) -> None:
         self.opened = opened
+        self._name = name
         self._memory = memory
         self._trace = trace
         self._meter: RunMeter | None = None
@@ -79,7 +80,7 @@ class OpenRun:
             draw_timeline(self._trace, self._memory.timeline)
         recorder = None if self.opened.offloaded is None else self.opened.offloaded.recorder
         if recorder is not None and self._memory.record is not None:
-            recorder.make_log(origin="moesys").write(self._memory.record)
+            recorder.make_log(origin=self._name).write(self._memory.record)
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def open_behind_bar(
 
     request: what ``memory`` asks for. When the caller is done, or is stopped by Ctrl-C, its files are written.
     """
-    product = parse_product(memory.product)
+    product, name = parse_product(memory.product), path.resolve().name
     _require_writable(memory)
     with ExitStack() as opened:
         if memory.offload_dir is not None and request is not None:
@@ -115,7 +116,7 @@ def open_behind_bar(
                     on_progress=on_progress,
                 )
             )
-        run = OpenRun(model, memory, trace)
+        run = OpenRun(model, name, memory, trace)
         try:
             yield run
         except KeyboardInterrupt:

@@ -56,7 +56,6 @@ def _name_budget(plans: Plans) -> str:
 def _render_memory(plans: Plans) -> Iterator[str]:
     plan = plans.plan
     tier, placement = plan.tier, plan.placement
-    beside = " (beside the share)" if tier.budget.is_share else ""
     yield f"  {'':<22}{'RAM':>12}{'disk':>12}"
     for part, size in plans.sizing.model.parts.items():
         if part is not Part.EXPERTS:
@@ -65,10 +64,12 @@ def _render_memory(plans: Plans) -> Iterator[str]:
         count = f"{plan.num_slots} of {plan.speed.activity.num_experts} in RAM"
         yield _row("experts", tier.expert_bytes, placement.disk_bytes, count)
     sequences = "1 sequence" if plan.batch_size == 1 else f"{plan.batch_size} sequences"
-    yield _row("KV cache", tier.kv_bytes, 0, f"{sequences} of {plan.num_positions} tokens{beside}")
-    yield _row("a step", tier.step_bytes, 0, f"{plan.prefill_tokens} tokens of a prompt{beside}")
-    yield _row("reserve", tier.reserve_bytes, 0, f"loading and libraries{beside}")
+    yield _row("KV cache", tier.kv_bytes, 0, f"{sequences} of {plan.num_positions} tokens")
+    yield _row("a step", tier.step_bytes, 0, f"{plan.prefill_tokens} tokens of a prompt")
+    yield _row("reserve", tier.reserve_bytes, 0, "loading and libraries")
     yield _row("all", tier.used_bytes, placement.disk_bytes)
+    if tier.budget.is_share:
+        yield "  the share bounds weights; KV cache, a step and the reserve come on top"
 
 
 def _render_speed(plan: InferencePlan) -> Iterator[str]:

@@ -219,7 +219,7 @@ def load_offloaded(
             yield offloaded
         finally:
             if watch.usage is not None and profile is not None:
-                profile.follow(cached.uses).write(watch.usage)
+                profile.follow({key: float(count) for key, count in cached.uses.items()}).write(watch.usage)
 
 
 def _open_predictor(model: Decoder) -> EarlyRouter:

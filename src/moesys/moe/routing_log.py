@@ -7,6 +7,7 @@ ids, beside it where each step's tokens begin. Weights and texts are not in it.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from moesys.errors import DataError
@@ -118,7 +119,8 @@ class RoutingLog:
         )
 
     def write(self, path: Path) -> None:
-        """Writes the log; a file of that name is replaced when the new one is complete. Raises `OSError`."""
+        """Writes the log; a file of that name is replaced when the new one is complete. Raises `OSError`; nothing is
+        left of the new one then."""
         fits_bytes = max(self.num_experts.values()) <= _LARGEST_OF_BYTE
         tensors = {
             str(layer_id): _to_bytes(table) if fits_bytes else table.contiguous()
@@ -130,13 +132,18 @@ class RoutingLog:
             "num_experts": json.dumps({str(layer_id): n for layer_id, n in self.num_experts.items()}),
             "origin": self.origin,
         }
-        draft = path.with_name(f"{path.name}.draft")
-        save_file(tensors | {_STEPS: self.step_offsets.to(torch.int32)}, draft, metadata)
-        draft.replace(path)
+        draft = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            draft.write_bytes(save(tensors | {_STEPS: self.step_offsets.to(torch.int32)}, metadata))
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> RoutingLog:
         """Reads what `write` wrote. Raises `DataError` for any other file, and `OSError` where there is none."""
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, and a file of recorded routing is needed")
         path.stat()
         try:
             with safe_open(path, framework="pt") as file:

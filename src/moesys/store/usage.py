@@ -85,7 +85,7 @@ def preload(cache: SectionCache, usage: UsageProfile, sections: Container[UsageK
     """
     keys = usage.list_most_used(cache.pool.num_slots, among=sections)
     missing = [key for key in reversed(keys) if not cache.is_here(key)]
-    started = missing[: cache.describe().num_free]
+    started = missing[max(0, len(missing) - cache.describe().num_free) :]
     for key in started:
         cache.start(key, Urgency.PREFETCH)
     return len(started)

@@ -53,7 +53,7 @@ INLINE void dot_rows_pairs(const int rows, const uint16_t *const x[], const uint
   sum_tile(rows, (const vec(*)[TILE_COLUMNS])sums, result);
 }
 
-static void dot_tile_pairs(int rows, const uint16_t *const x[], const uint16_t *const w[], int64_t columns,
+ALIGNED void dot_tile_pairs(int rows, const uint16_t *const x[], const uint16_t *const w[], int64_t columns,
                            int64_t ahead, float result[][TILE_COLUMNS]) {
   WITH_ROWS(rows, dot_rows_pairs, x, w, columns, ahead, result)
 }

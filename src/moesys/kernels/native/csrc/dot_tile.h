@@ -62,7 +62,7 @@ INLINE void CONCAT(dot_rows, FORMAT)(const int rows, const float *const x[], con
   sum_tile(rows, sums, result);
 }
 
-static void CONCAT(dot_tile, FORMAT)(int rows, const float *const x[], const WEIGHT *const w[],
+ALIGNED void CONCAT(dot_tile, FORMAT)(int rows, const float *const x[], const WEIGHT *const w[],
                                      int64_t columns, int64_t ahead,
                                      float result[][TILE_COLUMNS]) {
   WITH_ROWS(rows, CONCAT(dot_rows, FORMAT), x, w, columns, ahead, result)

@@ -3,13 +3,15 @@
 // There a vector holds LANES neighbours of one weight row, and adding the lanes of a result takes shuffles: for rows of
 // 256 columns a third of the time. Here a vector holds a word of LANES weight rows, so that the sums of the lanes are
 // vectors that add up without shuffles, by the same tree. Words are floats, or pairs of bfloat16 numbers where the CPU
-// multiplies those. Panels are copies; they pay from some tens of rows on.
+// multiplies those. Panels are copies, which pay where many rows meet them.
 #pragma once
 
 #include "operands.h"
 
 #define PANEL_VECTORS 2
 #define PANEL (PANEL_VECTORS * LANES)  // weight rows
+#define MANY_ROWS 192  // for which panels pay
+#define MANY_ROWS_IF_SHORT 96
 #define SHORT_WORDS 256
 #define LARGEST_WORDS 2048  // of a weight row, so that the panels of a block stay in the second cache
 
@@ -21,8 +23,8 @@ INLINE int64_t count_words(const activations *a, const matrix *m) { return m->co
 // Whether panels of the matrix pay for so many rows that meet it.
 INLINE int wants_panels(const activations *a, const matrix *m, int64_t rows) {
   int64_t words = count_words(a, m);
-  return rows >= (words <= SHORT_WORDS ? 96 : 192) && (m->format == WEIGHT_F32 || m->format == WEIGHT_BF16) && m->columns % (2 * LANES) == 0 &&
-         words <= LARGEST_WORDS;
+  return rows >= (words <= SHORT_WORDS ? MANY_ROWS_IF_SHORT : MANY_ROWS) && words <= LARGEST_WORDS &&
+         (m->format == WEIGHT_F32 || m->format == WEIGHT_BF16) && m->columns % (2 * LANES) == 0;
 }
 
 // Where a panel has the sums of lane l: neighbours in the tree, l and l + 8, together, in the order in which it joins
@@ -130,7 +132,7 @@ INLINE void multiply_panel_rows(const int rows, const int are_pairs, const char 
 }
 
 // Multiplies a tile of rows with a panel. Row i's results with the weight rows of vector v go to targets[v] + i * stride.
-static void multiply_panel(const row_tile *x, const float *panel, int64_t words, float *const targets[PANEL_VECTORS],
+ALIGNED void multiply_panel(const row_tile *x, const float *panel, int64_t words, float *const targets[PANEL_VECTORS],
                            int64_t stride) {
   const char *rows[TILE_ROWS];
   for (int i = 0; i < x->count; i++) rows[i] = x->are_halves ? (const char *)x->halves[i] : (const char *)x->wide[i];

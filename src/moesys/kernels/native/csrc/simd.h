@@ -53,6 +53,9 @@
   }
 #endif
 
+// A function whose loops are as fast wherever the compiler puts it; without this they vary by a tenth.
+#define ALIGNED static __attribute__((aligned(64)))
+
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
