@@ -93,7 +93,9 @@ def test_a_picture_has_a_folder_to_lie_in(log: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(RoutingLog, "read", lambda path: pytest.fail("work was begun"))
     (tmp_path / "folder.png").mkdir()
     for plot in (tmp_path / "none" / "curves.png", tmp_path / "folder.png"):
-        with pytest.raises(ConfigError, match=rf"--plot {plot} cannot be written: it must be a file in a folder"):
+        with pytest.raises(
+            ConfigError, match=rf"--plot {plot} cannot be written: it must be a file in a folder"
+        ):
             call(log, "--plot", plot)
     assert not (tmp_path / "none").exists()
 

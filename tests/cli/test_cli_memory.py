@@ -111,7 +111,7 @@ def test_what_a_run_within_a_budget_writes(model: Path, moesys_command: Call, tm
     uses = json.loads(files["usage"].read_text())["counts"]
     log = RoutingLog.read(files["record"])
     assert sum(count for *_, count in uses) == sum(map(len, log.demands()))
-    assert log.num_steps == 12
+    assert (log.num_steps, log.origin) == (12, "model")
     again = moesys_command("generate", model, *TEXT, "--host-memory", "90%", "--usage", files["usage"])
     assert again.out == answer.out
     assert moesys_command("bench", "cache", files["record"]).status == 0

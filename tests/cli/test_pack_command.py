@@ -84,6 +84,18 @@ def test_a_file_is_replaced_only_when_asked_for(source: Path, tmp_path: Path, ru
     assert load_model(tmp_path / "file").config.num_layers == 2
 
 
+def test_a_file_in_no_folder_is_refused(source: Path, tmp_path: Path, run_pack: PackCall) -> None:
+    with pytest.raises(ConfigError, match=r"the folder of .*none/file does not exist; make it first"):
+        run_pack(source, "--to", tmp_path / "none" / "file")
+
+
+def test_nothing_writes_text_without_a_tokenizer(source: Path, tmp_path: Path, run_pack: PackCall) -> None:
+    (source / "tokenizer.json").unlink()
+    lines = run_pack(source, "--to", tmp_path / "file").splitlines()
+    assert "moesys generate" not in "\n".join(lines)
+    assert "there was no tokenizer.json to come along" in lines[-1]
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "int4"])
 def test_other_dtypes_are_refused(dtype: str, source: Path, tmp_path: Path, run_pack: PackCall) -> None:
     with pytest.raises(ConfigError, match=rf"--dtype \('{dtype}'\) must be fp32, bf16 or int8"):

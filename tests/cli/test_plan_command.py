@@ -180,9 +180,7 @@ def test_a_share_is_named_as_one_beside_the_sum(plan_large: Call) -> None:
     assert read(plan_large("--host-memory", "50%", "--json"))["budget_step_bytes"] == 2**28
 
 
-def test_cells_of_wide_numbers_stand_apart(
-    profile: Path, large_model: Path, moesys_command: Call
-) -> None:
+def test_cells_of_wide_numbers_stand_apart(profile: Path, large_model: Path, moesys_command: Call) -> None:
     fast = make_profile()
     rates = tuple(replace(rate, bytes_per_s=1e4 * rate.bytes_per_s) for rate in fast.disk_rates)
     many = {name: 1e4 * value for name, value in fast.gemm_flops_per_s.items()}
@@ -214,13 +212,16 @@ def test_what_cannot_run_as_it_is_stored_is_said_with_what_helps(
     arguments = ("plan", tmp_path / "model", "--profile", profile)
     answer = moesys_command(*arguments, "--host-memory", "60%")
     said = " ".join(answer.out.split())
-    assert "It cannot run like this yet:" in said
+    assert "It cannot run like this:" in said
     assert "in another order than the kernels take" in said
     assert "pack the model first: moesys pack" in said
     assert max(map(len, answer.out.splitlines())) <= 80
     obstacle = read(moesys_command(*arguments, "--host-memory", "60%", "--json"))["obstacle"]
     assert "pack the model first" in obstacle
     assert read(moesys_command(*arguments, "--json"))["obstacle"] is None
+    write_model(tmp_path / "dense", FAMILY_KEYS["llama"])
+    answer = moesys_command("plan", tmp_path / "dense", "--profile", profile, "--host-memory", "2GiB")
+    assert "dense has no experts that could stay on the disk" in " ".join(answer.out.split())
 
 
 def test_the_first_prompt_of_what_fits_reads_it(plan_large: Call) -> None:

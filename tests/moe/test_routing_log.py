@@ -177,6 +177,22 @@ def test_tables_that_do_not_fit_are_refused(
         make_log(tables, steps)
 
 
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    log = RoutingLog({0: torch.zeros(2, 1, dtype=torch.int16)}, {0: 8}, torch.tensor([0, 2]))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        log.write(tmp_path / "folder")
+    (tmp_path / "log.draft").write_text("somebody's own")
+    log.write(tmp_path / "log")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "log", "log.draft"]
+    assert (tmp_path / "log.draft").read_text() == "somebody's own"
+
+
+def test_a_folder_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{tmp_path} is a folder, and a file of recorded routing is needed"):
+        RoutingLog.read(tmp_path)
+
+
 def test_another_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError):

@@ -211,7 +211,7 @@ def test_what_cannot_be_held_is_refused_with_the_sum() -> None:
             footprint=dense,
             active=replace(ACTIVITY, layers=()),
         )
-    with pytest.raises(GenerationError, match="raise it, or open fewer than 1000000 sequences at once$"):
+    with pytest.raises(GenerationError, match=r"raise it, or open fewer than 1000000 sequences at once$"):
         plan_for(16 * GIB, batch_size=1_000_000)
 
 

@@ -113,7 +113,8 @@ def test_prompts_of_a_batch_attend_to_themselves_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pass_tokens", "contexts"), [(100, 4 * 100), (150, 150 + 200 + 100), (60, 60 + 120 + 80 + 140 + 100 + 60 + 100)]
+    ("pass_tokens", "contexts"),
+    [(100, 4 * 100), (150, 150 + 200 + 100), (60, 60 + 120 + 80 + 140 + 100 + 60 + 100)],
 )
 def test_the_keys_that_passes_across_prompts_read(pass_tokens: int, contexts: int) -> None:
     """Of four prompts of 100 tokens: 0 to 150 needs 100 of the first and 50 of the second."""

@@ -65,7 +65,8 @@ def open_weights(path: Path, product: Int8Product | None = None) -> Iterator[Off
     with opened as weights:
         if not weights.experts.sections:
             raise ModelFormatError(
-                f"{path} has no experts that could stay on the disk; run it without --host-memory"
+                f"{path} has no experts that could stay on the disk: it runs with all its weights in memory, without "
+                "--host-memory, and has nothing to verify"
             )
         yield weights
 

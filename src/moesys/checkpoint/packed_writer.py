@@ -22,6 +22,7 @@ from moesys.checkpoint.packed_header import PackedHeader
 from moesys.checkpoint.packed_outline import PackedTensor
 from moesys.checkpoint.safetensors_file import view_bytes
 from moesys.errors import DiskSpaceError
+from moesys.units import format_bytes
 
 _PIECE_BYTES = 8 * 2**20
 
@@ -122,6 +123,6 @@ def _require_space(path: Path, needed_bytes: int, files: FileSystem) -> None:
     free_bytes = files.free_bytes(path.parent)
     if free_bytes < needed_bytes:
         raise DiskSpaceError(
-            f"cannot write {path}: it needs {needed_bytes} bytes and {free_bytes} bytes are free; free some space or "
-            "use another disk"
+            f"cannot write {path}: it needs {format_bytes(needed_bytes)} and {format_bytes(free_bytes)} are free; free "
+            f"{format_bytes(needed_bytes - free_bytes)} or use another disk"
         )

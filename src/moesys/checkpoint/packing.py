@@ -29,6 +29,7 @@ from moesys.checkpoint.packed_outline import FILES_PREFIX, list_files, make_outl
 from moesys.checkpoint.packed_writer import write_packed_file
 from moesys.checkpoint.quantization import QUANTIZATION_KEY
 from moesys.checkpoint.weight_reader import WeightReader
+from moesys.data.tokenizer_files import TOKENIZER_FILE
 from moesys.errors import ConfigError
 
 
@@ -39,6 +40,7 @@ class PackedModel:
     dtype:         as which the model is computed, and its weights stored where they are not int8; routers excepted.
     source_dtype:  as which the folder's own config has it computed.
     num_bytes:     of the file.
+    has_tokenizer: whether one came along.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class PackedModel:
     dtype: torch.dtype
     source_dtype: torch.dtype
     num_bytes: int
+    has_tokenizer: bool
     parts: tuple[PackedPart, ...]
 
     @property
@@ -106,7 +109,14 @@ def pack_model(
             for name, contents in companions.items():
                 writer.write_bytes(FILES_PREFIX + name, [contents])
     return PackedModel(
-        target, unread.family.model_type, form, unread.dtype, read_dtype(keys), writer.num_bytes, parts
+        path=target,
+        family=unread.family.model_type,
+        form=form,
+        dtype=unread.dtype,
+        source_dtype=read_dtype(keys),
+        num_bytes=writer.num_bytes,
+        has_tokenizer=TOKENIZER_FILE in companions,
+        parts=parts,
     )
 
 
@@ -115,6 +125,10 @@ def _require_target(source: Path, target: Path, *, overwrites: bool) -> None:
         raise ConfigError(f"{target} lies in the folder that is read, {source}; give another place with --to")
     if target.is_dir():
         raise ConfigError(f"{target} is a folder; give a file to write with --to")
+    if False:
+        raise ConfigError(
+            f"the folder of {target} does not exist; make it first, or give another place with --to"
+        )
     if target.exists() and not overwrites:
         raise ConfigError(f"{target} exists; give another file with --to, or replace it with --overwrite")
 

@@ -73,6 +73,11 @@ def _render(packed: PackedModel) -> list[str]:
         )
     elif packed.is_lossy:
         lines.append("lossy: float32 weights were rounded to bfloat16")
+    if not packed.has_tokenizer:
+        return [
+            *lines,
+            "there was no tokenizer.json to come along: with one in the folder, pack again to write text",
+        ]
     return [*lines, f'next: moesys generate {packed.path} -p "..."']
 
 

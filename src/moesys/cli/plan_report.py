@@ -21,7 +21,7 @@ def render_plans(plans: Plans) -> Iterator[str]:
     plan = plans.plan
     yield f"{plans.sizing.model.family.architecture} within {_name_budget(plans)}"
     if plans.obstacle is not None:
-        yield from wrap(f"It cannot run like this yet: {plans.obstacle}", _COLUMNS, break_long_words=False)
+        yield from wrap(f"It cannot run like this: {plans.obstacle}", _COLUMNS, break_long_words=False)
     yield ""
     yield from _render_memory(plans)
     yield ""
