@@ -225,9 +225,13 @@ def test_what_cannot_run_as_it_is_stored_is_said_with_what_helps(
 
 
 def test_the_first_prompt_of_what_fits_reads_it(plan_large: Call) -> None:
-    tree = read(plan_large("--json"))["plan"]
-    assert tree["prefill"]["bound_times_s"]["disk_s"] > 0
-    assert "the first prompt reads the experts, which then stay in memory" in plan_large().out
+    """Within a budget; without one it is loaded before."""
+    said = "the first prompt reads the experts, which then stay in memory"
+    for options, is_read in ((("--host-memory", "32GiB"), True), ((), False)):
+        tree = read(plan_large("--json", *options))["plan"]
+        assert tree["prefill"]["mode"] == "resident"
+        assert (tree["prefill"]["bound_times_s"]["disk_s"] > 0) == is_read
+        assert (said in plan_large(*options).out) == is_read
 
 
 def test_a_model_that_moesys_does_not_know_is_refused(tmp_path: Path, moesys_command: Call) -> None:

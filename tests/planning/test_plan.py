@@ -67,6 +67,11 @@ def test_all_in_memory() -> None:
     assert (plan.prefill_mode, plan.decode_mode) == (StepMode.RESIDENT, StepMode.RESIDENT)
     assert (plan.num_slots, plan.batch_size, plan.placement.disk_bytes) == (512, 1, 0)
     assert plan.decode.bound_times.disk_s == 0
+    assert plan_for(16 * GIB, loads_first=True).prefill.bound_times.disk_s == 0
+    half = plan_for(3.5 * GIB)
+    assert plan_for(3.5 * GIB, loads_first=True).prefill == half.prefill, (
+        "what does not fit is not loaded first"
+    )
     # The first prompt reads them, at 1.9 GB/s.
     assert plan.prefill.bound_times.disk_s == pytest.approx(512 * EXPERT / (1.9 * GIGA), rel=1e-4)
 

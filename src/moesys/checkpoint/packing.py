@@ -125,7 +125,7 @@ def _require_target(source: Path, target: Path, *, overwrites: bool) -> None:
         raise ConfigError(f"{target} lies in the folder that is read, {source}; give another place with --to")
     if target.is_dir():
         raise ConfigError(f"{target} is a folder; give a file to write with --to")
-    if False:
+    if not target.absolute().parent.is_dir():
         raise ConfigError(
             f"the folder of {target} does not exist; make it first, or give another place with --to"
         )

@@ -46,6 +46,15 @@ ModelArgument = Annotated[
         callback=_find_argument,
     ),
 ]
+FolderArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder in Hugging Face layout, or org/model[@revision] on the hub.",
+        parser=str,
+        callback=_find_argument,
+    ),
+]
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(

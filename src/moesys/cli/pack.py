@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesys.cli.arguments import ModelArgument
+from moesys.cli.arguments import FolderArgument
 
 if TYPE_CHECKING:
     from moesys.checkpoint.module_packer import PackedPart
@@ -18,7 +18,7 @@ _INT8 = "int8"
 
 
 def pack(
-    model: ModelArgument,
+    model: FolderArgument,
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="File to write.")],
     dtype: Annotated[
         str | None,

@@ -37,8 +37,7 @@ class PlanOptions:
 class Plans:
     """A model's plan, and what would become of it.
 
-    obstacle:           why the model cannot run within the budget as it is stored; None where it can, or where no budget
-                        was given.
+    obstacle:           why the model cannot run within a budget as it is stored; None where it can, or none was given.
     budget_step_bytes:  what a little more and less memory is.
     with_more:          with so much more.
     with_less:          with so much less; None where that is too little.
@@ -81,6 +80,7 @@ def make_plans(folder: Path, options: PlanOptions) -> Plans:
             goal=goal,
             batch_size=options.batch,
             misses=misses,
+            loads_first=options.host_memory is None,
         )
 
     profile = open_profile(folder, options.profile)
@@ -126,8 +126,8 @@ def _read_misses(path: Path, model: ModelInventory) -> LoggedMisses:
     shape = {layer.layer_id: layer.num_experts for layer in model.experts}
     if dict(log.num_experts) != shape:
         raise ConfigError(
-            f"--routing {path} was recorded from {_describe(log.num_experts)}, the model has {_describe(shape)}; record "
-            "this model's routing"
+            f"--routing {path} was recorded from {_describe(log.num_experts)}, the model has {_describe(shape)}; "
+            "record this model's routing"
         )
     return count_misses(log.demands(), f"{path.name}, {log.num_tokens} tokens")
 

@@ -79,7 +79,7 @@ def _render_speed(plan: InferencePlan) -> Iterator[str]:
         _list_cells(f"prompt of {prompt} tokens", plan.prefill_mode, plan.prefill),
         _list_cells("writing", plan.decode_mode, plan.decode),
     )
-    if plan.prefill_mode is StepMode.RESIDENT and plan.speed.activity.num_experts:
+    if plan.prefill_mode is StepMode.RESIDENT and plan.prefill.bound_times.disk_s > 0:
         yield "  the first prompt reads the experts, which then stay in memory"
     if plan.decode_mode is StepMode.CACHE:
         misses = plan.speed.misses

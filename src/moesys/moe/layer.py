@@ -6,8 +6,6 @@ as they arrive, and lets the dispatcher take the results home.
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import torch
 from torch import Tensor, nn
 
@@ -214,7 +212,8 @@ class MoELayer(nn.Module):
         adapters = None if execution.adapters is None else execution.adapters.get(self.layer_id)
         tables: list[Tensor] = []
         y_AD: Tensor | None = None
-        with closing(execution.source.acquire(self.layer_id, part.rows.offsets)) as views:
+        views = execution.source.acquire(self.layer_id, part.rows.offsets)
+        try:
             for view in views:
                 try:
                     if view.slot_of_expert is None:
@@ -225,6 +224,10 @@ class MoELayer(nn.Module):
                     tables.append(view.slot_of_expert)
                 finally:
                     execution.source.release(self.layer_id, view)
+        finally:
+            # Whatever happened, the source keeps nothing for views that will not be asked for.
+            if not torch.compiler.is_compiling():
+                views.close()
         require_each_expert_once(self.layer_id, part.rows.offsets, tables)
         if y_AD is None:
             y_AD = part.rows.x_RD.new_zeros(0, part.rows.x_RD.shape[1])

@@ -80,7 +80,7 @@ class InferencePlan:
     prefill_tokens:  of a prompt in one pass, at most.
     batch_size:      sequences that are open at once, of at most ``num_positions`` tokens each.
     num_slots:       experts in memory, of all layers.
-    prefill:         of the first prompts of ``workload``, for which all experts that they need are read.
+    prefill:         of the first prompts of ``workload``, for which the experts that they need are read.
     decode:          of a step in the middle of the answers.
     """
 
@@ -143,6 +143,7 @@ def make_plan(
     batch_size: int | None = None,
     misses: MissRates | None = None,
     workload: Workload | None = None,
+    loads_first: bool = False,
 ) -> InferencePlan:
     """Returns the fastest plan that keeps the budget.
 
@@ -153,6 +154,7 @@ def make_plan(
                     throughput.
     misses:         None assumes that all experts are needed equally often.
     workload:       None for a long prompt and a short answer.
+    loads_first:    whether a model that fits is loaded before the first prompt, as it is where no budget is given.
 
     Raises `GenerationError` with the sum where the budget does not hold the least that is needed.
     """
@@ -171,7 +173,7 @@ def make_plan(
     batch_sizes = [batch_size] if batch_size is not None else [1] if goal is Goal.LATENCY else BATCH_SIZES
     spends = list(_list_spends(footprint, budget, num_positions, batch_sizes, step_bytes))
     plans = [
-        _predict(spend, speed, goal, num_positions, workload)
+        _predict(spend, speed, goal, num_positions, workload, loads_first=loads_first)
         for spend in spends
         if spend.fits
         for speed in speeds
@@ -268,7 +270,7 @@ def _list_spends(
 
 
 def _predict(
-    spend: Spend, speed: SpeedModel, goal: Goal, num_positions: int, workload: Workload
+    spend: Spend, speed: SpeedModel, goal: Goal, num_positions: int, workload: Workload, *, loads_first: bool
 ) -> InferencePlan:
     placement, num_slots = spend.placement, spend.placement.tiers[0].num_experts
     is_resident = placement.is_resident
@@ -285,7 +287,11 @@ def _predict(
         num_slots=num_slots,
         workload=workload,
         prefill=speed.predict_prefill(
-            workload.prompt_tokens, spend.pass_tokens, num_slots, num_prompts=spend.batch_size
+            workload.prompt_tokens,
+            spend.pass_tokens,
+            num_slots,
+            num_prompts=spend.batch_size,
+            num_held=num_slots if is_resident and loads_first else 0,
         ),
         decode=speed.predict_decode(spend.batch_size, position, num_slots),
         speed=speed,

@@ -100,5 +100,7 @@ def _parse_counts(entries: object, path: Path) -> dict[UsageKey, float]:
             ):
                 counts[tuple(key)] = value
             case _:
-                raise DataError(f"{path} holds {entry!r} where a section and its uses should be; give another file")
+                raise DataError(
+                    f"{path} holds {entry!r} where a section and its uses should be; give another file"
+                )
     return counts

@@ -14,7 +14,7 @@
 #define UNITS_INT8 64    // a whole group, which is rounded where it is computed
 #define LARGEST_UNITS 64
 #define BLOCK_COLUMNS 64
-#define BLOCK_WEIGHT_ROWS 64  // the most that a block in panels has
+#define BLOCK_WEIGHT_ROWS (2 * LARGEST_UNITS)  // the most that a block in panels has
 
 // In the order of `_ACTIVATIONS` in library.py.
 enum activation { SWIGLU, CLAMPED_SWIGLU, GELU, RELU };
