@@ -38,7 +38,8 @@ def measure_cpu_s(*arguments: str) -> float:
 
 def test_the_commands_are_those_that_work() -> None:
     assert {" ".join(path) for path in COMMANDS} >= {
-        "train", "resume", "export", "inspect", "generate", "chat", "eval", "config show", "config schema"
+        "train", "resume", "export", "inspect", "generate", "chat", "eval", "config show", "config schema",
+        "doctor", "plan", "verify", "pack", "bench cache",
     }  # fmt: skip
 
 
