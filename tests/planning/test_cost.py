@@ -106,7 +106,9 @@ def test_predictions_take_the_kernels_rates_and_bounds_the_machines() -> None:
     assert find_kernel_rates(profile, BF16, way, 4 * MIB) == StepRates(
         8.0 * GIGA, 100.0 * GIGA, 1.0 * GIGA, 0.5
     )
-    assert find_stream_rates(profile, BF16, way) == StepRates(8.0 * GIGA, 100.0 * GIGA, 2.0 * GIGA, 0.5)
+    assert find_stream_rates(profile, BF16, way, 4 * MIB) == StepRates(
+        8.0 * GIGA, 100.0 * GIGA, 1.0 * GIGA, 0.5
+    )
     assert find_ceilings(profile, BF16) == StepRates(10.0 * GIGA, 200.0 * GIGA, 2.0 * GIGA)
 
 

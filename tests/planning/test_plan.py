@@ -106,7 +106,7 @@ def test_the_ring_serves_decoding_ahead_of_time() -> None:
     read_bytes = (1 - plan.num_slots / 512) * touched
     assert plan.decode.bound_times.disk_s == pytest.approx(read_bytes / (1.9 * GIGA))
     assert plan.decode.seconds == plan.decode.seconds_if_skewed, "nothing is assumed of the routing"
-    rates = slow_down(find_stream_rates(PROFILE, WeightFormat.BF16, plan.speed.way), PROFILE)
+    rates = slow_down(find_stream_rates(PROFILE, WeightFormat.BF16, plan.speed.way, EXPERT), PROFILE)
     reading_s = read_bytes / rates.disk_bytes_per_s
     assert reading_s < plan.decode.seconds < 1.2 * reading_s
 

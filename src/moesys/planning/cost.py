@@ -94,12 +94,15 @@ def find_kernel_rates(
     )
 
 
-def find_stream_rates(profile: MachineProfile, weight_format: WeightFormat, way: ReadWay) -> StepRates:
-    """Returns what our kernels reach, and a way to read all sections in the order of the file, each alone."""
+def find_stream_rates(
+    profile: MachineProfile, weight_format: WeightFormat, way: ReadWay, section_bytes: int
+) -> StepRates:
+    """Returns what our kernels reach with many rows, and a way to read sections of a size, each alone. Experts are read
+    one by one in passes too: what a disk gives to whoever reads a file from end to end is not theirs."""
     return StepRates(
         memory_bytes_per_s=profile.weight_read_bytes_per_s[weight_format],
         flops_per_s=profile.linear_flops_per_s[weight_format],
-        disk_bytes_per_s=profile.find_sequential_rate(way),
+        disk_bytes_per_s=profile.find_section_rate(way, section_bytes),
         overhead_s=profile.layer_overhead_s,
     )
 

@@ -125,7 +125,9 @@ class SpeedModel:
         return self._predict_passes(num_prompts * prompt_tokens, works)
 
     def _predict_passes(self, num_tokens: int, works: Sequence[StepWork]) -> Prediction:
-        alone = find_stream_rates(self.profile, self.activity.weight_format, self.way)
+        alone = find_stream_rates(
+            self.profile, self.activity.weight_format, self.way, max(self.section_bytes, 1)
+        )
         overlapped = slow_down(alone, self.profile)
         seconds = sum(compute_pass_seconds(work, self.activity, alone, overlapped) for work in works)
         bounds = [compute_bound(work, self._ceilings) for work in works]
