@@ -64,3 +64,9 @@ def test_the_files_it_names_exist() -> None:
 def test_every_room_is_on_the_map() -> None:
     rooms = {path.name for path in (ROOT / "src" / "moesys").iterdir() if (path / "__init__.py").exists()}
     assert all(f"  {room}/" in README or f", {room}/" in README for room in rooms)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_what_the_docs_link_to_exists(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
