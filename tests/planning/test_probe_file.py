@@ -13,19 +13,15 @@ from moesys.errors import ConfigError, DiskSpaceError
 from moesys.planning import probe_file
 from moesys.planning.probe_file import open_probe_file
 from moesys.store import ReadMode
+from open_descriptors import list_open_files
 
 SIZE = 96 * 1024
 
 
-def count_open() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture(autouse=True)
-def _closes_what_it_opens() -> Any:
-    before = count_open()
+def _closes_what_it_opens(tmp_path: Path) -> Any:
     yield
-    assert count_open() == before
+    assert not list_open_files(tmp_path)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

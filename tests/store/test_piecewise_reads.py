@@ -20,6 +20,7 @@ from moesys.store import Extent, Read, Section, SectionReader, Urgency
 from moesys.store.checksums import ChecksumRecord
 from moesys.store.events import ReadEvent, Verification
 from moesys.store.open_files import ReadMode, read_vector
+from open_descriptors import list_open_files
 
 BLOCK, WAIT_S = 4096, 10
 DATA = random.Random(2).randbytes(20 * BLOCK)
@@ -295,14 +296,14 @@ def test_a_reader_needs_a_thread(tmp_path: Path) -> None:
 
 def test_threads_end_and_descriptors_are_closed(tmp_path: Path) -> None:
     sections = write_sections(tmp_path / "weights.bin")
-    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads = threading.active_count()
     with SectionReader(3) as reader:
         for section in sections.values():
             read_now(reader, section)
         assert threading.active_count() == threads + 3
-        assert len(os.listdir("/proc/self/fd")) == descriptors + 1
+        assert list_open_files(tmp_path) == [str((tmp_path / "weights.bin").resolve())]
     assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not list_open_files(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["ends", "differs"])

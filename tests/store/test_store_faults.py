@@ -30,6 +30,7 @@ from moesys.store import (
 )
 from moesys.store.checksums import ChecksumRecord
 from moesys.store.open_files import ReadMode, read_vector
+from open_descriptors import list_open_files
 
 BLOCK, NUM_SECTIONS, WAIT_S = 4096, 10, 10
 PARTS = (2 * BLOCK, BLOCK, 300)
@@ -48,11 +49,11 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays_open() -> object:
-    threads, descriptors = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+def _nothing_stays_open(tmp_path: Path) -> object:
+    threads = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= threads
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not list_open_files(tmp_path)
 
 
 @pytest.fixture
