@@ -36,6 +36,7 @@ from typing import Any, Literal
 import harness
 from harness import Claim, Measured, Outcome, Spread
 from make_checkpoint import SHAPES, make_checkpoint
+from process_memory import PeakOwnMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("moesys", "torch", "transformers", "accelerate", "safetensors")
@@ -48,6 +49,7 @@ MEMORY_FACTOR, MEMORY_EXTRA_BYTES = 1.02, 256 * 2**20
 PROMPT_TOKENS = 16
 READERS, READ_BYTES = 4, 16 * 2**20
 TOUCHED_BYTES = 2**20
+LOOK_EVERY_S = 0.002
 ODD_CACHE_SHARE = 0.01
 """Of the files in memory when they should not be, or not when they should, from which on it is told."""
 
@@ -100,37 +102,6 @@ class Loads(Measured):
         )
 
 
-class PeakAnonymous:
-    """The high-water mark of this process's anonymous and shared memory above what it was when this was made.
-
-    The system keeps no such mark, so a thread looks every 2 ms.
-    """
-
-    def __init__(self) -> None:
-        self.idle_bytes = self._read()
-        self._peak_bytes = self.idle_bytes
-        self._stop = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
-
-    def stop(self) -> int:
-        """Returns the peak in bytes and ends the watching."""
-        self._stop.set()
-        self._watcher.join()
-        return max(self._peak_bytes, self._read()) - self.idle_bytes
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self._peak_bytes = max(self._peak_bytes, self._read())
-
-    @staticmethod
-    def _read() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return sum(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:"))
-        )
-
-
 def measure_worker(system: str, folder: Path, threads: int, temperature: Temperature) -> dict[str, Any]:
     """In a fresh process: imports, then loads the folder and computes the logits of a prompt."""
     if system == DISK:
@@ -149,7 +120,7 @@ def measure_worker(system: str, folder: Path, threads: int, temperature: Tempera
     torch.mm(torch.zeros(64, 64).bfloat16(), torch.zeros(64, 64).bfloat16())
     tokens = torch.arange(PROMPT_TOKENS).unsqueeze(0) + 7
     cached_share = prepare_cache(folder, temperature)
-    memory = PeakAnonymous()
+    memory = PeakOwnMemory(LOOK_EVERY_S)
     started = time.perf_counter()
     compute_logits, weight_bytes = start(folder)
     loaded = time.perf_counter()

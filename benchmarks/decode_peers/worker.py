@@ -13,9 +13,9 @@ from typing import Any
 
 import harness
 from decode_peers import OURS, RESIDENT, SYSTEMS, Decoding, UnavailableError, ceilings, load_opener
-from decode_peers.process_memory import PeakOwnMemory, read_disk_bytes, read_own_bytes
 from decode_peers.workload import WARM_STEPS, Feed, Phase, Task, draw_prompts, draw_steps
 from memory_cap import CapUnavailableError, memory_cap
+from process_memory import PeakOwnMemory, read_disk_bytes, read_own_bytes
 
 PHASE_SECONDS = 20.0
 """No step begins after so many, but for the first few."""

@@ -126,7 +126,7 @@ def test_loads_of_different_models_are_told() -> None:
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
-    memory = load.PeakAnonymous()
+    memory = load.PeakOwnMemory()
     block = torch.ones(2**26, dtype=torch.uint8)
     while memory._peak_bytes - memory.idle_bytes < 2**25:
         block.add_(1)

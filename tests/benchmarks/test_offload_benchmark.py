@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from decode_peers import LLAMA, OURS, RESIDENT, SYSTEMS, ceilings, worker
 from decode_peers.claims import find_disagreements, make_claims
 from decode_peers.measures import compute_gemm_share, compute_speed, compute_transfer_share, find_disk_rate
 from decode_peers.ours import OurDecoding, open_system
-from decode_peers.process_memory import PeakOwnMemory, read_own_bytes
 from decode_peers.report import format_case
 from decode_peers.traffic import Traffic, count_best_loads, count_replayed_loads
 from decode_peers.workload import (
@@ -42,6 +42,7 @@ from harness import Measured, Outcome
 from make_checkpoint import SHAPES, make_checkpoint
 from memory_cap import CapUnavailableError, find_own_group, find_parent, memory_cap, remove_abandoned
 from moesys.moe.routing_log import RoutingLog
+from process_memory import PeakOwnMemory, read_own_bytes
 
 TINY = SHAPES["tiny"]
 SINGLE = Phase(Feed.RANDOM, 1, 4, 5)
@@ -376,10 +377,17 @@ def test_own_memory_is_what_was_written_to() -> None:
     peak = PeakOwnMemory()
     block = np.ones(2**26, dtype=np.uint8)
     assert read_own_bytes() - before > 2**25
-    while peak._peak_bytes - peak._idle_bytes < 2**25:
+    while peak._peak_bytes - peak.idle_bytes < 2**25:
         time.sleep(0.01)
     del block
     assert peak.stop() > 2**25
+
+
+def test_shared_memory_is_a_processs_own_too() -> None:
+    before = read_own_bytes()
+    with mmap.mmap(-1, 2**25, flags=mmap.MAP_SHARED) as shared:
+        shared.write(b"x" * 2**25)
+        assert read_own_bytes() - before >= 2**25
 
 
 def test_the_disk_is_measured_in_every_mode_that_it_takes(

@@ -90,3 +90,23 @@ def quantise_fp8(
         values[place] = (weight[place] / factors[i, j]).to(torch.float8_e4m3fn)
         meant[place] = values[place].float() * factors[i, j]
     return values, encode(factors), meant
+
+
+def make_fp8(folder: Path) -> None:
+    """Writes `DEEPSEEK` with its projections in FP8 blocks."""
+    tensors = make_checkpoint(folder, DEEPSEEK)
+    for name in [name for name in tensors if "proj" in name and tensors[name].ndim == 2]:
+        tensors[name], tensors[f"{name}_scale_inv"], _ = quantise_fp8(tensors[name], (4, 8), torch.clone)
+    write_quantised(folder, tensors, {"quant_method": "fp8", "weight_block_size": [4, 8]})
+
+
+def make_mxfp4(folder: Path) -> None:
+    """Writes `GPT_OSS` with random experts in MXFP4."""
+    tensors = make_checkpoint(folder, GPT_OSS)
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        groups = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*groups, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(100, 140, groups, generator=generator, dtype=torch.uint8)
+    write_quantised(folder, tensors, {"quant_method": "mxfp4"})

@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_checkpoints import DEEPSEEK, GPT_OSS, WEIGHTS, make_checkpoint, quantise_fp8, write_quantised
+from small_checkpoints import WEIGHTS, make_fp8, make_mxfp4
 from torch import Tensor
 
 from moesys.checkpoint import load_model, save_model
@@ -81,24 +81,6 @@ def make_plain(folder: Path, **options: Any) -> None:
     model = Decoder(DecoderConfig(23, 12, (attention,) * 2, layers, tie_embeddings=False))
     initialize_weights(model, seed=0, std=0.5)
     save_model(model, folder, torch.float32, {}, **options)
-
-
-def make_fp8(folder: Path) -> None:
-    tensors = make_checkpoint(folder, DEEPSEEK)
-    for name in [name for name in tensors if "proj" in name and tensors[name].ndim == 2]:
-        tensors[name], tensors[f"{name}_scale_inv"], _ = quantise_fp8(tensors[name], (4, 8), torch.clone)
-    write_quantised(folder, tensors, {"quant_method": "fp8", "weight_block_size": [4, 8]})
-
-
-def make_mxfp4(folder: Path) -> None:
-    tensors = make_checkpoint(folder, GPT_OSS)
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        groups = (experts, outputs, inputs // 32)
-        tensors[f"{name}_blocks"] = torch.randint(256, (*groups, 16), generator=generator, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(100, 140, groups, generator=generator, dtype=torch.uint8)
-    write_quantised(folder, tensors, {"quant_method": "mxfp4"})
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {

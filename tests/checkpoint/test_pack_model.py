@@ -11,7 +11,12 @@ import torch
 from packed_models import compute_logits, quantize_in_memory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_checkpoints import DEEPSEEK, GPT_OSS, make_checkpoint, quantise_fp8, write_quantised
+from small_checkpoints import (
+    make_fp8,
+    make_mxfp4,
+    quantise_fp8,
+    write_quantised,
+)
 
 from family_keys import FAMILY_KEYS, VARIANT_KEYS
 from model_folders import write_model
@@ -140,24 +145,6 @@ def test_stacked_and_separate_experts_give_the_same_file(name: str, form: Packed
         pack_model(tmp_path / storage, tmp_path / f"{storage}.packed", form=form)
     one, other = (tmp_path / f"{storage}.packed" for storage in ExpertStorage)
     assert one.read_bytes() == other.read_bytes()
-
-
-def make_fp8(folder: Path) -> None:
-    tensors = make_checkpoint(folder, DEEPSEEK)
-    for name in [name for name in tensors if "proj" in name and tensors[name].ndim == 2]:
-        tensors[name], tensors[f"{name}_scale_inv"], _ = quantise_fp8(tensors[name], (4, 8), torch.clone)
-    write_quantised(folder, tensors, {"quant_method": "fp8", "weight_block_size": [4, 8]})
-
-
-def make_mxfp4(folder: Path) -> None:
-    tensors = make_checkpoint(folder, GPT_OSS)
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        groups = (experts, outputs, inputs // 32)
-        tensors[f"{name}_blocks"] = torch.randint(256, (*groups, 16), generator=generator, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(100, 130, groups, generator=generator, dtype=torch.uint8)
-    write_quantised(folder, tensors, {"quant_method": "mxfp4"})
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["own", "bf16"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from moesys.store import Extent, PartShape, Section, SlotPool, StoredFile
+from moesys.store import Extent, PartShape, Section, SectionCache, SlotPool, StoredFile
 
 NUM_SECTIONS, PART_BYTES = 12, (40, 24)
 NUM_REQUESTS = 2
@@ -75,3 +77,23 @@ def make_pool(num_slots: int) -> SlotPool:
 
 def make_buffers(section: Section) -> list[memoryview]:
     return [memoryview(bytearray(extent.num_bytes)) for extent in section.extents]
+
+
+def hold(cache: SectionCache[Any], key: int, read_slot: Callable[[int], list[bytes]]) -> list[bytes]:
+    """Demands a section, as somebody who needs it now does, and returns what ``read_slot`` finds in its slot."""
+    cache.begin_turn()
+    cache.demand(key)
+    if not cache.is_here(key):
+        assert cache.start(key)
+    cache.pin(key)
+    try:
+        while not cache.is_ready(key):
+            cache.wait_any([key])
+        return read_slot(cache.use(key))
+    finally:
+        cache.unpin(key)
+
+
+def fetch(cache: SectionCache[SlotPool], key: int) -> list[bytes]:
+    """The bytes of a section, as somebody who needs it now gets them."""
+    return hold(cache, key, lambda slot: [part[slot].numpy().tobytes() for part in cache.pool.parts])

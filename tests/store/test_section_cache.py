@@ -13,6 +13,7 @@ from section_files import (
     NUM_REQUESTS,
     NUM_SECTIONS,
     PART_BYTES,
+    fetch,
     list_sections,
     make_pool,
     read_expected,
@@ -47,22 +48,6 @@ def open_cache(file: Path) -> Iterator[Callable[..., SectionCache]]:
     yield build
     for reader in readers:
         reader.close()
-
-
-def fetch(cache: SectionCache, key: int) -> list[bytes]:
-    """The bytes of a section, as somebody who needs it now gets them."""
-    cache.begin_turn()
-    cache.demand(key)
-    if not cache.is_here(key):
-        assert cache.start(key)
-    cache.pin(key)
-    try:
-        while not cache.is_ready(key):
-            cache.wait_any([key])
-        slot = cache.use(key)
-        return [part[slot].numpy().tobytes() for part in cache.pool.parts]
-    finally:
-        cache.unpin(key)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

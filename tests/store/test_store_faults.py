@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from section_files import identify, needs_direct_reads
+from section_files import fetch, identify, needs_direct_reads
 
 from moesys.errors import SectionReadError
 from moesys.store import (
@@ -86,21 +86,6 @@ def make_cache(
 ) -> SectionCache[SlotPool]:
     pool = SlotPool(num_slots, [PartShape((size,), torch.uint8) for size in PARTS])
     return SectionCache(pool, sections, reader, LeastRecent())
-
-
-def fetch(cache: SectionCache[SlotPool], key: int) -> list[bytes]:
-    cache.begin_turn()
-    cache.demand(key)
-    if not cache.is_here(key):
-        assert cache.start(key)
-    cache.pin(key)
-    try:
-        while not cache.is_ready(key):
-            cache.wait_any([key])
-        slot = cache.use(key)
-        return [part[slot].numpy().tobytes() for part in cache.pool.parts]
-    finally:
-        cache.unpin(key)
 
 
 class Faults:

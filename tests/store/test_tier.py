@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_device import DeviceMover, DeviceSlots
-from section_files import NUM_SECTIONS, PART_BYTES, needs_direct_reads, read_expected, write_sections
+from section_files import NUM_SECTIONS, PART_BYTES, hold, needs_direct_reads, read_expected, write_sections
 
 from moesys.errors import SectionReadError, ShapeError
 from moesys.store import LeastRecent, PartShape, Section, SectionCache, SectionReader
@@ -41,17 +41,7 @@ def mover(reader: SectionReader) -> Iterator[DeviceMover]:
 
 
 def fetch(cache: SectionCache[DeviceSlots], key: int) -> list[bytes]:
-    cache.begin_turn()
-    cache.demand(key)
-    if not cache.is_here(key):
-        assert cache.start(key)
-    cache.pin(key)
-    try:
-        while not cache.is_ready(key):
-            cache.wait_any([key])
-        return cache.pool.read_back(cache.use(key))
-    finally:
-        cache.unpin(key)
+    return hold(cache, key, cache.pool.read_back)
 
 
 def test_what_is_promised_is_counted_and_more_is_refused_with_the_sum() -> None:

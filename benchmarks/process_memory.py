@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_INTERVAL_S = 0.01
+_OWN = ("RssAnon:", "RssShmem:")
 
 
 def read_own_bytes() -> int:
-    """Returns resident memory that is not a mapped file's: anonymous pages."""
-    _, resident, of_files, *_ = Path("/proc/self/statm").read_text().split()
-    return (int(resident) - int(of_files)) * _PAGE_BYTES
+    """Returns resident memory that is not a mapped file's: anonymous and shared. Pages of files are the system's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(_OWN))
 
 
 def read_disk_bytes() -> int:
@@ -25,12 +23,13 @@ def read_disk_bytes() -> int:
 class PeakOwnMemory:
     """The high-water mark of `read_own_bytes` above what it was when this was made.
 
-    The system keeps no such mark, so a thread looks a hundred times a second: often enough for slots and activations,
-    rarely enough to take no time from what is measured.
+    The system keeps no such mark, so a thread looks, by default a hundred times a second: often enough for slots and
+    activations, rarely enough to take no time from what is measured.
     """
 
-    def __init__(self) -> None:
-        self._idle_bytes = self._peak_bytes = read_own_bytes()
+    def __init__(self, interval_s: float = 0.01) -> None:
+        self._interval_s = interval_s
+        self.idle_bytes = self._peak_bytes = read_own_bytes()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -40,10 +39,10 @@ class PeakOwnMemory:
         self._stop.set()
         self._watcher.join()
         self._look()
-        return self._peak_bytes - self._idle_bytes
+        return self._peak_bytes - self.idle_bytes
 
     def _watch(self) -> None:
-        while not self._stop.wait(_INTERVAL_S):
+        while not self._stop.wait(self._interval_s):
             self._look()
 
     def _look(self) -> None:
