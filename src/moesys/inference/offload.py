@@ -182,25 +182,14 @@ def load_offloaded(
         caches = _make_caches(weights.experts, plan, tier, profile)
         model = weights.load_resident(on_progress)
         predictor = stack.enter_context(_open_predictor(model)) if request.predicts else None
-        layers = {
-            layer_id: CachedLayer(
-                caches[weights.experts.layouts[layer_id]],
-                bank.down_EDF.shape[0],
-                weights.experts.layouts[layer_id],
-            )
-            for layer_id, bank in list_banks(model)
-        }
-        cached = CachedSource(layers, predictor=predictor)
+        cached = CachedSource(_list_layers(model, weights.experts, caches), predictor=predictor)
         source: ExpertSource = cached
         if trace is not None:
-            trace.name_sections(weights.experts.sections)
-            source = traced = TracedSource(source, trace, lambda: sum_stats(caches.values()).stall_s)
-            stack.enter_context(traced.watching(model))
-        tally = recorder = None
-        if watch.tallies:
-            source = tally = DemandTally(source)
-        if watch.records:
-            source = recorder = RoutingRecorder(source)
+            source = stack.enter_context(_tracing(cached, trace, model, weights.experts, caches))
+        tally = DemandTally(source) if watch.tallies else None
+        source = source if tally is None else tally
+        recorder = RoutingRecorder(source) if watch.records else None
+        source = source if recorder is None else recorder
         if profile is not None:
             for cache in caches.values():
                 preload(cache, profile, cache.sections)
@@ -220,6 +209,32 @@ def load_offloaded(
         finally:
             if watch.usage is not None and profile is not None:
                 profile.follow({key: float(count) for key, count in cached.uses.items()}).write(watch.usage)
+
+
+def _list_layers(
+    model: Decoder, experts: ExpertSections, caches: Mapping[SlotLayout, SectionCache[SlotPool]]
+) -> dict[int, CachedLayer]:
+    return {
+        layer_id: CachedLayer(
+            caches[experts.layouts[layer_id]], bank.down_EDF.shape[0], experts.layouts[layer_id]
+        )
+        for layer_id, bank in list_banks(model)
+    }
+
+
+@contextmanager
+def _tracing(
+    source: ExpertSource,
+    trace: Trace,
+    model: Decoder,
+    experts: ExpertSections,
+    caches: Mapping[SlotLayout, SectionCache[SlotPool]],
+) -> Iterator[TracedSource]:
+    """Gives a source that tells a trace what the model does, while inside."""
+    trace.name_sections(experts.sections)
+    traced = TracedSource(source, trace, lambda: sum_stats(caches.values()).stall_s)
+    with traced.watching(model):
+        yield traced
 
 
 def _open_predictor(model: Decoder) -> EarlyRouter:
