@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_decoders import make_tokenizer
 import moesys
 from moesys.checkpoint import save_model
 from moesys.errors import GenerationError, IneffectiveOptionError, ModelFormatError
-from moesys.inference import SamplingParams
+from moesys.inference import SamplingParams, SequenceStep
 from moesys.models import AttentionConfig, Decoder, DecoderConfig, RopeConfig, initialize_weights
 from moesys.moe import MoEConfig
 
@@ -62,3 +63,20 @@ def test_what_cannot_be_opened_is_an_error(folder: Path, tmp_path: Path) -> None
         pass
     with pytest.raises(ModelFormatError), moesys.load(tmp_path / "absent"):
         pass
+
+
+def test_a_prompt_is_computed_in_the_passes_of_the_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with moesys.load(folder, host_memory="1GiB") as model:
+        lengths: list[int] = []
+        step = model.engine.step
+
+        def watch(steps: list[SequenceStep]) -> list[torch.Tensor]:
+            lengths.extend(len(one.token_ids) for one in steps)
+            return step(steps)
+
+        monkeypatch.setattr(model.engine, "step", watch)
+        list(replace(model, prefill_tokens=7).generate("to be or not to be " * 3, max_new_tokens=1))
+    assert len(lengths) > 1
+    assert max(lengths) == 7

@@ -196,7 +196,6 @@ class TracedSource:
 
         def end(*_: object) -> None:
             self._end_rest(self._last_layer, time.perf_counter())
-            self._busy_since = None
 
         handles = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
         try:
