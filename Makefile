@@ -20,7 +20,7 @@ test: .venv
 	$(BIN)/python -m pytest -q -m "not long"
 
 test-long: .venv
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --hypothesis-profile=searching
 
 lint: .venv
 	$(BIN)/ruff check .
